@@ -1,0 +1,58 @@
+// Package engine is where flows are judged: sessions, connections, events to
+// the filters, decisions, permissions, and the one end of every flow. It holds
+// no socket and speaks no netlink.
+package engine
+
+import (
+	"net/netip"
+
+	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/flow"
+)
+
+// Decision is the one answer to a first packet. The zero value drops.
+type Decision struct {
+	Path flow.Path
+	// Takeover is set exactly when Path is User.
+	Takeover *Takeover
+}
+
+// Dial says how the upstream leg of a taken-over flow is made.
+type Dial struct {
+	Proto  flow.Proto
+	Target netip.AddrPort
+	// Source is the address to come from. Port 0: any of the gateway's own
+	// range. An invalid address: whatever the route prefers.
+	Source netip.AddrPort
+	// Transparent: Source is not an address of the gateway, but the
+	// initiator's own.
+	Transparent bool
+}
+
+// Link is one data filter on a flow.
+type Link struct {
+	Filter   filterapi.DataFilter
+	Name     string // of the application filter, for the log
+	Priority filterapi.Priority
+}
+
+// Takeover is a flow that user space carries: engine and userpath meet in it.
+// userpath calls Connected once when the upstream leg stands (for UDP: before
+// the first datagram is passed), and Ended exactly once in any case, also when
+// the dial failed.
+type Takeover struct {
+	Tuple flow.Tuple
+	Dial  Dial
+	// Chain has the data filters from the client's side to the external side.
+	// Empty: the flow is spliced.
+	Chain []Link
+	// InitiatorExternal is true if the initiator is on the external side (an
+	// inbound flow): the pump then gives the chain its sockets the other way
+	// round.
+	InitiatorExternal bool
+	// Buffer is the receive buffer for Chain, in bytes.
+	Buffer int
+
+	flow *connection
+	kill chan struct{}
+}

@@ -1,0 +1,35 @@
+package filterapi
+
+import "errors"
+
+// The errors of the API. Compare with errors.Is; the text may carry more.
+var (
+	// ErrInvalidArgument: a flag that does not fit the protocol, port 0 where
+	// a port is needed, an unknown protocol.
+	ErrInvalidArgument = errors.New("invalid argument")
+	// ErrNotFound: no such object.
+	ErrNotFound = errors.New("not found")
+	// ErrTerminating: the object is ending or has ended; for an Action also
+	// that it was used up, has expired or was cancelled before.
+	ErrTerminating = errors.New("terminating")
+	// ErrPolicyDenied: the access rules refuse it.
+	ErrPolicyDenied = errors.New("denied by the access rules")
+	// ErrNetworkDenied: no network rule joins the two networks.
+	ErrNetworkDenied = errors.New("no network rule")
+	// ErrBadContext: the call is not allowed at this moment, for instance
+	// Deny outside the handler of the event.
+	ErrBadContext = errors.New("not allowed in this context")
+	// ErrAlreadyExists: the thing was set before and can be set once only.
+	ErrAlreadyExists = errors.New("already exists")
+	// ErrNotSupported, returned by a handler, means "not for me": the event
+	// passes as if the filter had not been asked.
+	ErrNotSupported = errors.New("not supported")
+	// ErrNoPorts: no free run of external ports of the wanted length.
+	ErrNoPorts = errors.New("no free external ports")
+	// ErrQuota: the client holds as many permissions as it may.
+	ErrQuota = errors.New("permission quota of the client is used up")
+	// ErrReleased, returned by DataFilter.Pump, gives the flow back: both
+	// sockets are open, the filter holds no bytes, and what comes from now on
+	// passes without it.
+	ErrReleased = errors.New("released")
+)

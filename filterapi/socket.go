@@ -1,0 +1,50 @@
+package filterapi
+
+import "net/netip"
+
+// Socket is one side of a connection: the network, or the next data filter; a
+// filter cannot tell which. One goroutine may receive while another sends.
+// (IFWXSocket)
+type Socket interface {
+	// Recv blocks for the next piece of a stream or the next datagram. The
+	// buffer is the caller's, who hands it on with Send or gives it back with
+	// Release. io.EOF: the far side will send no more, and may still be sent
+	// to. Any other error is final: the far side was reset or the connection
+	// is over.
+	Recv() (*Buffer, error)
+	// Send takes the buffer over, also when it fails, and returns when the
+	// next hop has taken it; it blocks while that is full. For a datagram
+	// Buffer.Addr is the far address: the peer, on both sides.
+	Send(*Buffer) error
+	// Shutdown ends the sending side: with a FIN, or with a reset if
+	// abortive.
+	Shutdown(abortive bool) error
+	// Close ends both sides; abortive as in Shutdown.
+	Close(abortive bool) error
+}
+
+// Buffer is a piece of a stream or one datagram. It has one owner at a time;
+// whoever receives it owns it, and sending or releasing ends that.
+type Buffer struct {
+	// Data is what was received. The owner may change it, shorten it or
+	// replace it.
+	Data []byte
+	// Addr is the far address of a datagram.
+	Addr netip.AddrPort
+
+	release func(*Buffer)
+}
+
+// NewBuffer wraps bytes, which then belong to the buffer. release, if not
+// nil, gets the buffer back when its last owner is done with it.
+func NewBuffer(data []byte, release func(*Buffer)) *Buffer {
+	return &Buffer{Data: data, release: release}
+}
+
+// Release gives the buffer back; it must not be touched afterwards. A nil
+// Buffer may be released.
+func (b *Buffer) Release() {
+	if b != nil && b.release != nil {
+		b.release(b)
+	}
+}

@@ -1,0 +1,93 @@
+package flow
+
+import (
+	"fmt"
+	"math/bits"
+)
+
+// Path says which way a flow goes. It is what the packet mark and the
+// conntrack mark of a flow carry, and all that they carry. The zero value is
+// the safe one.
+type Path uint8
+
+// The paths. Their numbers are the bits in the mark; see Marks.
+const (
+	// Drop is no path at all: a packet without a path dies in the forward
+	// chain, without a word to its sender.
+	Drop Path = iota
+	// Reject answers a TCP packet with a reset and everything else with ICMP
+	// "administratively prohibited".
+	Reject
+	// HostUnreachable answers with that ICMP error.
+	HostUnreachable
+	// NetUnreachable answers with that ICMP error.
+	NetUnreachable
+	// PortUnreachable answers with that ICMP error.
+	PortUnreachable
+	// Kernel is carried by the kernel: forwarded, translated, offloaded.
+	Kernel
+	// User is taken over in user space.
+	User
+	// Own marks the gateway's own sockets that carry a taken-over flow on to
+	// its server (the upstream leg).
+	Own
+)
+
+var pathNames = [...]string{"drop", "reject", "host-unreachable", "net-unreachable", "port-unreachable", "kernel", "user", "own"}
+
+func (p Path) String() string {
+	if int(p) < len(pathNames) {
+		return pathNames[p]
+	}
+	return fmt.Sprintf("path(%d)", uint8(p))
+}
+
+// Carries says whether packets of this path go anywhere at all.
+func (p Path) Carries() bool { return p == Kernel || p == User }
+
+// Bits that a Marks needs: three for the path, one for the cut bit.
+const markBits = 4
+
+// DefaultMask is where the mark bits are unless the administrator moves them.
+const DefaultMask = 0x0f000000
+
+// Marks is the one place that knows which bits of the packet mark and of the
+// conntrack mark belong to Sluice:
+//
+//	mask      c p p p      p p p = the Path
+//	          |            c     = cut; in the conntrack mark only
+//
+// All bits outside the mask are other people's and are kept.
+type Marks struct {
+	shift uint
+}
+
+// NewMarks takes the administrator's mask: four adjacent bits.
+func NewMarks(mask uint32) (Marks, error) {
+	shift := uint(bits.TrailingZeros32(mask))
+	if mask == 0 || mask>>shift != 1<<markBits-1 {
+		return Marks{}, fmt.Errorf("mark mask 0x%08x: want exactly %d adjacent bits", mask, markBits)
+	}
+	return Marks{shift: shift}, nil
+}
+
+// Mask has the bits of Sluice set: the path and the cut bit.
+func (m Marks) Mask() uint32 { return (1<<markBits - 1) << m.shift }
+
+// PathMask has the bits of the path set.
+func (m Marks) PathMask() uint32 { return 7 << m.shift }
+
+// Cut is the bit of a conntrack mark that ends a living flow.
+func (m Marks) Cut() uint32 { return 8 << m.shift }
+
+// Value is the mark of a path, with nobody else's bits.
+func (m Marks) Value(p Path) uint32 { return uint32(p) << m.shift }
+
+// Put writes a path into a mark and keeps the bits of others.
+func (m Marks) Put(mark uint32, p Path) uint32 { return mark&^m.Mask() | m.Value(p) }
+
+// Path reads the path out of a mark.
+func (m Marks) Path(mark uint32) Path { return Path(mark >> m.shift & 7) }
+
+// IsCut says whether a conntrack mark has the cut bit.
+func (m Marks) IsCut(mark uint32) bool { return mark&m.Cut() != 0 }

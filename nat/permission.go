@@ -1,0 +1,51 @@
+// Package nat is the arithmetic of translation: the disjoint port ranges, the
+// allocator of external ports, and the permissions that let secondary flows
+// in. It is pure but for the allocator's own state.
+package nat
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/sluicegw/sluice/flow"
+)
+
+// Direction of the flows that a Permission lets pass.
+type Direction uint8
+
+const (
+	// Outbound: from the client to one exact target.
+	Outbound Direction = iota + 1
+	// Inbound: from a source to the external address that stands for the
+	// client.
+	Inbound
+)
+
+// Permission is one pending permission as the kernel holds it: an element of
+// a set with a timeout. It is a value; two permissions with the same ID are
+// versions of the same one.
+type Permission struct {
+	// ID is unique while the gateway runs, never 0.
+	ID        uint64
+	Direction Direction
+	Proto     flow.Proto
+
+	// Outbound: Client goes from any port to exactly Target.
+	// Inbound: a flow to External is sent to Client and its port.
+	Client netip.AddrPort
+	// Target is set for Outbound.
+	Target netip.AddrPort
+	// External is set for Inbound. It equals Client for a pinhole, where
+	// nothing is translated.
+	External netip.AddrPort
+	// Sources may use an Inbound permission; AnySource: everybody.
+	Sources   []netip.Addr
+	AnySource bool
+
+	// Multiple permissions are not used up by their first flow.
+	Multiple bool
+	// ToUser sends the flows to the queue, not through the kernel.
+	ToUser bool
+	// Timeout is the time until it expires; 0: never.
+	Timeout time.Duration
+}

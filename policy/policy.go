@@ -1,0 +1,171 @@
+// Package policy judges flows: networks, protocols, network rules and ordered
+// access rules; the first that matches decides. It is pure: it opens nothing
+// and changes nothing, and a Policy never changes after New.
+package policy
+
+import (
+	"net/netip"
+
+	"github.com/sluicegw/sluice/flow"
+)
+
+// Gateway is the name of the built-in network that is the gateway itself: an
+// address that the kernel calls local.
+const Gateway = "gateway"
+
+// Any is the name of the built-in network that everything belongs to, the
+// gateway excepted.
+const Any = "any"
+
+// AnyProtocol is the name of the built-in protocol that everything belongs to.
+const AnyProtocol = "any"
+
+// Network is a named set of hosts. A host belongs to it if it is reached
+// through one of Interfaces (when there are any) and has an address in one of
+// Prefixes (when there are any).
+type Network struct {
+	Name       string
+	Interfaces []string
+	Prefixes   []netip.Prefix
+}
+
+// PortRange is inclusive.
+type PortRange struct{ Lo, Hi uint16 }
+
+// Match is one line of a protocol definition. For TCP and UDP Ports are the
+// destination ports. For ICMP and ICMPv6 Ports are the ICMP types (0..255).
+// For other IP protocols Ports is 0..65535.
+type Match struct {
+	Proto flow.Proto
+	Ports PortRange
+}
+
+// Protocol is a protocol definition.
+type Protocol struct {
+	Name    string
+	Matches []Match
+	// Filter is the name of the application filter that understands it, or
+	// empty. The filter is asked only under a rule that names it.
+	Filter string
+}
+
+// Relation says how two networks are joined.
+type Relation uint8
+
+const (
+	// Route leaves addresses as they are and joins both directions.
+	Route Relation = iota + 1
+	// NAT hides the addresses of From behind the gateway's, IPv4 only; IPv6
+	// is routed. For IPv4 it joins one direction, for IPv6 both.
+	NAT
+)
+
+// NetworkRule joins two networks. Without one no flow passes between them,
+// whatever the access rules say. The first that matches decides.
+type NetworkRule struct {
+	Name     string
+	From, To string
+	Relation Relation
+	// Address is the gateway's address that hides From; if it is invalid, the
+	// address that the route prefers is used.
+	Address netip.Addr
+}
+
+// Action of an access rule. The zero value denies.
+type Action uint8
+
+const (
+	Deny Action = iota
+	Allow
+)
+
+// Refusal is how a denied flow is told.
+type Refusal uint8
+
+const (
+	// RefuseAuto rejects what comes from the From side of a network rule and
+	// drops the rest.
+	RefuseAuto Refusal = iota
+	RefuseReject
+	RefuseDrop
+)
+
+// FilterUse binds an application filter to a rule. It takes effect on the
+// rule's protocols whose definition names that filter.
+type FilterUse struct {
+	Name    string
+	Options any // what the filter's ParseOptions returned
+}
+
+// Rule is one access rule.
+type Rule struct {
+	Name      string
+	Action    Action
+	From, To  []string // network names
+	Protocols []string // protocol names
+	Filters   []FilterUse
+	// NoKernelMode takes every flow of the rule over in user space.
+	NoKernelMode bool
+	// FailOpen lets new flows of the rule pass in the kernel, unfiltered, when
+	// user space is gone or its queue is full.
+	FailOpen bool
+	Refusal  Refusal
+	// NoLog keeps the rule's flows out of the log.
+	NoLog bool
+	// Line is where the rule stands in the configuration file, for messages.
+	Line int
+}
+
+// Question is what is known about a flow when it is judged.
+type Question struct {
+	flow.Tuple
+	// InIface is where it came from, OutIface where its destination is
+	// reached; OutIface is ignored if ToGateway.
+	InIface, OutIface string
+	ToGateway         bool
+}
+
+// Class is what the kernel does with the first packet of a flow. The zero
+// value is the safe one.
+type Class uint8
+
+const (
+	ClassDrop   Class = iota // drop it silently
+	ClassReject              // reset, or ICMP administratively prohibited
+	ClassKernel              // carry it; for the gateway itself: accept it
+	ClassAsk                 // queue it: user space decides
+	ClassAskOpen             // the same, on the queues that fail open
+)
+
+// Reason says why a flow was refused, for the log.
+type Reason string
+
+const (
+	ReasonRule    Reason = "rule"    // a deny rule
+	ReasonDefault Reason = "default" // no rule matched
+	ReasonNetwork Reason = "network" // no network rule joins the two networks
+)
+
+// Verdict is the answer to a Question.
+type Verdict struct {
+	// Class is exactly what the compiled ruleset makes the kernel do.
+	Class Class
+	// Rule is the one that matched; nil: none.
+	Rule *Rule
+	// Protocol is the definition that matched: of the rule's protocols the
+	// first, or without a rule the first of all; nil if undefined.
+	Protocol *Protocol
+	// NetworkRule is the one that joins the networks; nil: none.
+	NetworkRule *NetworkRule
+	// Reverse is true if the flow runs against the direction of NetworkRule.
+	Reverse bool
+	// Filters are those of Rule whose protocol matched this flow.
+	Filters []FilterUse
+	Reason  Reason
+}
+
+// Translated says whether the source of the flow is hidden behind an address
+// of the gateway.
+func (v Verdict) Translated(t flow.Tuple) bool {
+	return v.NetworkRule != nil && v.NetworkRule.Relation == NAT && t.Is4() && !v.Reverse
+}
