@@ -130,11 +130,11 @@ type Question struct {
 type Class uint8
 
 const (
-	ClassDrop   Class = iota // drop it silently
-	ClassReject              // reset, or ICMP administratively prohibited
-	ClassKernel              // carry it; for the gateway itself: accept it
-	ClassAsk                 // queue it: user space decides
-	ClassAskOpen             // the same, on the queues that fail open
+	ClassDrop    Class = iota // drop it silently
+	ClassReject               // reset, or ICMP administratively prohibited
+	ClassKernel               // carry it; for the gateway itself: accept it
+	ClassAsk                  // queue it: user space decides
+	ClassAskOpen              // the same, on the queues that fail open
 )
 
 // Reason says why a flow was refused, for the log.
