@@ -1,3 +1,245 @@
 package engine
 
-type connection struct{}
+import (
+	"context"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/policy"
+)
+
+// connection is one flow that user space judged, carried by either path, or
+// (bind != nil) an address that is open for inbound flows. It implements
+// filterapi.Connection.
+type connection struct {
+	e       *Engine
+	session *session
+	tuple   flow.Tuple
+	inIface string
+	start   time.Time
+
+	// What the policy said of it; a secondary connection inherits it.
+	rule      *policy.Rule
+	protocol  string
+	uses      []policy.FilterUse
+	secondary bool
+	// judged is the tuple that the rule was found by: the flow's own, or that
+	// of its primary connection.
+	judged      flow.Tuple
+	judgedIface string
+	perm        *permission // that let it in; nil: a primary connection
+	bind        *permission // of a bind object
+
+	mu       sync.Mutex
+	handler  string // the filter whose handler runs; empty: none
+	denied   bool
+	links    []Link
+	buffer   int
+	path     flow.Path
+	takeover *Takeover
+	name     netip.AddrPort // of the external side, once connected
+	peer     netip.AddrPort
+	ended    bool
+	hearers  []hearer
+}
+
+type hearer struct {
+	r *registered
+	a *attachment
+}
+
+// living are the flows that user space judged and that have not ended.
+type living struct {
+	mu      sync.RWMutex
+	byTuple map[flow.Tuple]*connection
+}
+
+func (l *living) add(c *connection) {
+	l.mu.Lock()
+	l.byTuple[c.tuple] = c
+	l.mu.Unlock()
+}
+
+func (l *living) remove(c *connection) {
+	l.mu.Lock()
+	if l.byTuple[c.tuple] == c {
+		delete(l.byTuple, c.tuple)
+	}
+	l.mu.Unlock()
+}
+
+func (l *living) find(t flow.Tuple) *connection {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	return l.byTuple[t]
+}
+
+func (l *living) all() []*connection {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	out := make([]*connection, 0, len(l.byTuple))
+	for _, c := range l.byTuple {
+		out = append(out, c)
+	}
+	return out
+}
+
+// public is the connection as filters get it.
+func (c *connection) public() filterapi.Connection { return c }
+
+// open and shut bracket a filter's event handler.
+func (c *connection) open(filter string) {
+	c.mu.Lock()
+	c.handler = filter
+	c.mu.Unlock()
+}
+
+func (c *connection) shut() { c.open("") }
+
+func (c *connection) isDenied() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.denied
+}
+
+// told remembers a filter that heard of the connection.
+func (c *connection) told(r *registered, a *attachment) {
+	if a == nil || a.events.Types&filterapi.Terminating == 0 {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.hearers = append(c.hearers, hearer{r, a})
+}
+
+func (c *connection) heard() []hearer {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.hearers
+}
+
+// dropLinks takes a failed filter's data filters off again.
+func (c *connection) dropLinks(filter string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	kept := c.links[:0:0]
+	for _, l := range c.links {
+		if l.Name != filter {
+			kept = append(kept, l)
+		}
+	}
+	c.links = kept
+}
+
+// Session implements filterapi.Connection.
+func (c *connection) Session() filterapi.Session { return c.session }
+
+// Tuple implements filterapi.Connection.
+func (c *connection) Tuple() flow.Tuple { return c.tuple }
+
+// AttachDataFilter implements filterapi.Connection.
+func (c *connection) AttachDataFilter(df filterapi.DataFilter, class filterapi.Priority) error {
+	if df == nil || class < filterapi.PriorityNAT || class > filterapi.PriorityEmulation {
+		return filterapi.ErrInvalidArgument
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.handler == "" || c.bind != nil {
+		return filterapi.ErrBadContext
+	}
+	at := len(c.links)
+	for at > 0 && c.links[at-1].Priority > class {
+		at--
+	}
+	c.links = append(c.links, Link{})
+	copy(c.links[at+1:], c.links[at:])
+	c.links[at] = Link{Filter: df, Name: c.handler, Priority: class}
+	return nil
+}
+
+// Deny implements filterapi.Connection.
+func (c *connection) Deny() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.handler == "" {
+		return filterapi.ErrBadContext
+	}
+	c.denied = true
+	return nil
+}
+
+// ExternalName implements filterapi.Connection.
+func (c *connection) ExternalName() (netip.AddrPort, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.name.IsValid() {
+		return netip.AddrPort{}, filterapi.ErrBadContext
+	}
+	return c.name, nil
+}
+
+// ExternalPeer implements filterapi.Connection.
+func (c *connection) ExternalPeer() (netip.AddrPort, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.peer.IsValid() {
+		return netip.AddrPort{}, filterapi.ErrBadContext
+	}
+	return c.peer, nil
+}
+
+// SetIPFilter implements filterapi.Connection.
+func (c *connection) SetIPFilter(f *filterapi.IPFilter) error {
+	if c.bind == nil {
+		return filterapi.ErrNotSupported
+	}
+	return c.e.rearm(c.bind, f.Clone())
+}
+
+// IPFilter implements filterapi.Connection.
+func (c *connection) IPFilter() *filterapi.IPFilter {
+	if c.bind == nil {
+		return nil
+	}
+	return c.bind.ipFilter()
+}
+
+// maxBuffer bounds SetBufferSize, in bytes.
+const maxBuffer = 1 << 20
+
+// SetBufferSize implements filterapi.Connection.
+func (c *connection) SetBufferSize(bytes int) error {
+	if bytes <= 0 || bytes > maxBuffer {
+		return filterapi.ErrInvalidArgument
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.handler == "" {
+		return filterapi.ErrBadContext
+	}
+	c.buffer = bytes
+	return nil
+}
+
+// Kill implements filterapi.Connection.
+func (c *connection) Kill() {
+	if c.bind != nil {
+		_ = c.e.void(c.bind) // used up or gone: nothing is left to close
+		return
+	}
+	c.mu.Lock()
+	path, t, ended := c.path, c.takeover, c.ended
+	c.mu.Unlock()
+	switch {
+	case ended:
+	case t != nil:
+		t.cut()
+	case path == flow.Kernel:
+		if err := c.e.kernel.Cut(context.Background(), c.tuple); err != nil {
+			c.e.log.Sugar().Errorw("cut failed", "flow", c.tuple.String(), "error", err)
+		}
+	}
+}

@@ -5,6 +5,7 @@ package engine
 
 import (
 	"net/netip"
+	"sync"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
@@ -55,4 +56,5 @@ type Takeover struct {
 
 	flow *connection
 	kill chan struct{}
+	once sync.Once
 }

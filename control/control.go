@@ -1,0 +1,120 @@
+// Package control is how an administrator talks to a running gateway: JSON
+// over HTTP on a Unix socket that only root may open.
+package control
+
+import (
+	"context"
+	"net/netip"
+	"time"
+
+	"github.com/sluicegw/sluice/engine"
+	"github.com/sluicegw/sluice/flow"
+)
+
+// Gateway is what the socket's server asks of the running gateway. Safe for
+// concurrent use.
+type Gateway interface {
+	Rules() []Rule
+	// SetNoKernelMode moves new flows of a rule between the kernel and user
+	// space. ErrNoRule: there is no such rule.
+	SetNoKernelMode(ctx context.Context, rule string, on bool) error
+	Flows(context.Context) ([]Flow, error)
+	Permissions() []Permission
+	// Reload reads the configuration file again; on error the running policy
+	// stays.
+	Reload(context.Context) error
+	Counters() map[string]uint64
+}
+
+// Rule is an access rule as `gateway rules` shows it.
+type Rule struct {
+	Name         string   `json:"name"`
+	Action       string   `json:"action"`
+	From         []string `json:"from"`
+	To           []string `json:"to"`
+	Protocols    []string `json:"protocols"`
+	Filters      []string `json:"filters,omitempty"`
+	NoKernelMode bool     `json:"no_kernel_mode"`
+	// Decided is "kernel" if no flow of the rule needs user space, else
+	// "user space".
+	Decided string `json:"decided"`
+}
+
+// Flow is a living flow as `gateway flows` shows it.
+type Flow struct {
+	Path      string    `json:"path"`
+	Proto     string    `json:"proto"`
+	Src       string    `json:"src"`
+	Dst       string    `json:"dst"`
+	NATSrc    string    `json:"nat_src,omitempty"`
+	NATDst    string    `json:"nat_dst,omitempty"`
+	Rule      string    `json:"rule,omitempty"`
+	Protocol  string    `json:"protocol,omitempty"`
+	Session   uint64    `json:"session,omitempty"`
+	Secondary bool      `json:"secondary,omitempty"`
+	Offloaded bool      `json:"offloaded,omitempty"`
+	Start     time.Time `json:"start"`
+	// The counts are conntrack's; those of a flow in user space come with its
+	// end, in the log.
+	Counts *flow.Counts `json:"counts,omitempty"`
+}
+
+// Permission is a permission as `gateway permissions` shows it.
+type Permission struct {
+	ID        uint64     `json:"id"`
+	State     string     `json:"state"`
+	Direction string     `json:"direction"`
+	Proto     string     `json:"proto"`
+	Client    string     `json:"client"`
+	Target    string     `json:"target,omitempty"`
+	External  string     `json:"external,omitempty"`
+	Sources   []string   `json:"sources,omitempty"`
+	Multiple  bool       `json:"multiple"`
+	Path      string     `json:"path"`
+	Rule      string     `json:"rule"`
+	Session   uint64     `json:"session"`
+	Flows     int        `json:"flows"`
+	Expires   *time.Time `json:"expires,omitempty"`
+}
+
+// FlowOf turns the engine's view into the one for people.
+func FlowOf(i engine.FlowInfo) Flow {
+	return Flow{
+		Path: i.Path.String(), Proto: i.Proto.String(), Src: i.Src.String(), Dst: i.Dst.String(),
+		NATSrc: addr(i.Translation.Src), NATDst: addr(i.Translation.Dst),
+		Rule: i.Rule, Protocol: i.Protocol, Session: i.Session, Secondary: i.Secondary, Start: i.Start,
+	}
+}
+
+// PermissionOf does the same for a permission.
+func PermissionOf(i engine.PermissionInfo) Permission {
+	p := Permission{
+		ID: i.ID, State: i.State, Direction: "outbound", Proto: i.Proto.String(), Client: i.Owner.String(),
+		Target: addr(i.Target), External: addr(i.External), Multiple: i.Multiple, Path: flow.Kernel.String(),
+		Rule: i.Rule, Session: i.Session, Flows: i.Flows,
+	}
+	if i.External.IsValid() {
+		p.Direction, p.Client = "inbound", i.Client.String()
+		for _, s := range i.Sources {
+			p.Sources = append(p.Sources, s.String())
+		}
+		if i.AnySource {
+			p.Sources = []string{"any"}
+		}
+	}
+	if i.ToUser {
+		p.Path = flow.User.String()
+	}
+	if !i.Expires.IsZero() {
+		t := i.Expires
+		p.Expires = &t
+	}
+	return p
+}
+
+func addr(a netip.AddrPort) string {
+	if !a.IsValid() {
+		return ""
+	}
+	return a.String()
+}

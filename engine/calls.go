@@ -1,0 +1,247 @@
+package engine
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
+	"github.com/sluicegw/sluice/policy"
+)
+
+const (
+	connectFlags = filterapi.AllowMultiple | filterapi.Timeout | filterapi.NoKernelMode |
+		filterapi.ToSameNet | filterapi.ToSameNetwork | filterapi.ToAll
+	bindFlags = connectFlags
+)
+
+// AllowFutureConnect implements filterapi.Session.
+func (s *session) AllowFutureConnect(f filterapi.FutureConnect) (filterapi.Action, error) {
+	primary, err := s.checkCall(f.Primary, f.Proto, f.Flags, connectFlags, f.Expiry)
+	if err != nil {
+		return nil, fmt.Errorf("allow future connect: %w", err)
+	}
+	if !f.Target.IsValid() || f.Target.Port() == 0 || f.Target.Addr().Is4() != s.addr.Is4() {
+		return nil, fmt.Errorf("allow future connect to %v: %w", f.Target, filterapi.ErrInvalidArgument)
+	}
+	if !s.e.within(f.Flags, f.Target.Addr(), primary.tuple.Dst.Addr()) {
+		return nil, fmt.Errorf("allow future connect to %v, not the peer of the primary connection: %w", f.Target, filterapi.ErrPolicyDenied)
+	}
+	p := s.newPermission(primary, f.Proto, f.Flags, f.Expiry)
+	p.Direction, p.Target = nat.Outbound, f.Target
+	p.Client = netip.AddrPortFrom(s.addr, 0)
+	if err := s.e.grant(p); err != nil {
+		return nil, fmt.Errorf("allow future connect to %v: %w", f.Target, err)
+	}
+	return action{s.e, p}, nil
+}
+
+// BindForClient implements filterapi.Session.
+func (s *session) BindForClient(b filterapi.Bind) (filterapi.Connection, error) {
+	primary, err := s.checkCall(b.Primary, b.Proto, b.Flags, bindFlags, b.Expiry)
+	if err != nil {
+		return nil, fmt.Errorf("bind for client: %w", err)
+	}
+	if !b.Client.IsValid() || b.Client.Port() == 0 || b.Client.Addr().Is4() != s.addr.Is4() {
+		return nil, fmt.Errorf("bind for client %v: %w", b.Client, filterapi.ErrInvalidArgument)
+	}
+	if !s.e.within(b.Flags, b.Client.Addr(), s.addr) {
+		return nil, fmt.Errorf("bind for client %v, not the session's own address: %w", b.Client, filterapi.ErrPolicyDenied)
+	}
+	p := s.newPermission(primary, b.Proto, b.Flags, b.Expiry)
+	p.Direction, p.Client, p.External = nat.Inbound, b.Client, b.Client
+	p.filter = b.IPFilter.Clone()
+	p.setSources(p.filter)
+	if name, err := primary.ExternalName(); err == nil && name.Addr() != primary.tuple.Src.Addr() {
+		var ok bool
+		if p.External, ok = s.e.ports.Lease(b.Proto, name.Addr()); !ok {
+			return nil, fmt.Errorf("bind for client %v: %w", b.Client, filterapi.ErrNoPorts)
+		}
+		p.leased = true
+	}
+	p.object = &connection{
+		e: s.e, session: s, tuple: flow.Tuple{Proto: b.Proto, Dst: p.External}, start: s.e.now(), bind: p,
+		name: p.External, secondary: true,
+	}
+	p.object.inherit(primary, nil)
+	if err := s.e.openBind(p); err != nil {
+		if p.leased {
+			s.e.ports.Return(p.Proto, p.External)
+		}
+		return nil, fmt.Errorf("bind for client %v: %w", b.Client, err)
+	}
+	return p.object, nil
+}
+
+// openBind asks the filters that watch binds and then grants it.
+func (e *Engine) openBind(p *permission) error {
+	ctx, cancel := context.WithTimeout(context.Background(), bindDeadline)
+	defer cancel()
+	kind := filterapi.BindUDP
+	if p.Proto == flow.TCP {
+		kind = filterapi.BindTCP
+	}
+	c := p.object
+	if err := e.notify(ctx, c, kind, func(o any) filterapi.Event {
+		return &filterapi.BindEvent{About: c.about(o), TCP: p.Proto == flow.TCP, External: p.External}
+	}); err != nil {
+		return fmt.Errorf("%w: %w", filterapi.ErrPolicyDenied, err)
+	}
+	if err := e.grant(p); err != nil {
+		return err
+	}
+	if p.Proto == flow.TCP {
+		// A listen cannot be refused any more; its handlers' errors are in the
+		// log.
+		_ = e.notify(ctx, c, filterapi.Listen, func(o any) filterapi.Event {
+			return &filterapi.ListenEvent{About: c.about(o), External: p.External}
+		})
+	}
+	return nil
+}
+
+// bindDeadline bounds the handlers of a bind.
+const bindDeadline = 800 * time.Millisecond
+
+// checkCall holds what the permission calls have in common. The access rules
+// are asked at the call; use is not checked again.
+func (s *session) checkCall(primary filterapi.Connection, p flow.Proto, flags, allowed filterapi.Flags, expiry time.Duration) (*connection, error) {
+	c, ok := primary.(*connection)
+	switch {
+	case !ok || c.session != s || c.bind != nil:
+		return nil, fmt.Errorf("primary connection: %w", filterapi.ErrInvalidArgument)
+	case !p.HasPorts():
+		return nil, fmt.Errorf("protocol %v: %w", p, filterapi.ErrInvalidArgument)
+	case flags&^allowed != 0:
+		return nil, fmt.Errorf("flags 0x%x: %w", flags&^allowed, filterapi.ErrInvalidArgument)
+	case expiry < 0:
+		return nil, fmt.Errorf("expiry %v: %w", expiry, filterapi.ErrInvalidArgument)
+	}
+	c.mu.Lock()
+	ended := c.ended
+	c.mu.Unlock()
+	if ended {
+		return nil, filterapi.ErrTerminating
+	}
+	if !s.e.stillAllowed(c) {
+		return nil, filterapi.ErrPolicyDenied
+	}
+	return c, nil
+}
+
+// within compares an address with the only one that is allowed unless a flag
+// widens that.
+func (e *Engine) within(flags filterapi.Flags, a, base netip.Addr) bool {
+	switch {
+	case a == base || flags&filterapi.ToAll != 0:
+		return true
+	case flags&filterapi.ToSameNet != 0 && sameNet(a, base):
+		return true
+	case flags&filterapi.ToSameNetwork != 0:
+		return e.sameNetwork(a, base)
+	}
+	return false
+}
+
+func sameNet(a, b netip.Addr) bool {
+	bits := 64
+	if a.Is4() {
+		bits = 24
+	}
+	p, err := b.Prefix(bits)
+	return err == nil && p.Contains(a)
+}
+
+// sameNetwork says whether some network of the configuration holds both.
+func (e *Engine) sameNetwork(a, b netip.Addr) bool {
+	ifaceA, _, _, errA := e.routes.Lookup(a)
+	ifaceB, _, _, errB := e.routes.Lookup(b)
+	if errA != nil || errB != nil {
+		return false
+	}
+	p := e.Policy()
+	theirs := p.NetworksOf(b, ifaceB)
+	return slices.ContainsFunc(p.NetworksOf(a, ifaceA), func(n string) bool { return n != policy.Any && slices.Contains(theirs, n) })
+}
+
+func (s *session) newPermission(primary *connection, p flow.Proto, flags filterapi.Flags, expiry time.Duration) *permission {
+	out := &permission{session: s, primary: primary}
+	out.ID = s.e.nextID()
+	out.Proto = p
+	out.Multiple = flags&filterapi.AllowMultiple != 0
+	out.ToUser = flags&filterapi.NoKernelMode != 0 || primary.rule.NoKernelMode || s.e.watchesSecondary(primary.uses)
+	if flags&filterapi.Timeout != 0 {
+		out.Timeout = filterapi.DefaultTimeout
+		if expiry > 0 {
+			out.Timeout = expiry
+		}
+	}
+	return out
+}
+
+// watchesSecondary says whether a filter of the rule wants to hear of
+// secondary connections, which must then come to user space.
+func (e *Engine) watchesSecondary(uses []policy.FilterUse) bool {
+	const flows = filterapi.ConnectTCP | filterapi.UDPDestination | filterapi.Accepted
+	for _, r := range e.filters {
+		if _, ok := bound(r.events, r.events.Types&flows, r.filter.Name(), uses, true); ok {
+			return true
+		}
+	}
+	return false
+}
+
+// grant takes a permission in and lets the kernel know of it. When it
+// returns, the permission is in force. A reserved bind is kept from the
+// kernel until it is armed.
+func (e *Engine) grant(p *permission) error {
+	if err := e.perms.add(p, e.quota); err != nil {
+		return err
+	}
+	p.change.Lock()
+	defer p.change.Unlock()
+	if !p.inbound() || p.AnySource || len(p.Sources) > 0 {
+		if err := e.kernel.Install(context.Background(), p.Permission); err != nil {
+			p.mu.Lock()
+			p.state = permVoid
+			p.mu.Unlock()
+			e.perms.leave(p, true, true)
+			return err
+		}
+		p.installed = true
+	}
+	e.expireAfter(p, p.Timeout)
+	return nil
+}
+
+// rearm replaces the sources of a bind, and starts its clock anew.
+func (e *Engine) rearm(p *permission, f *filterapi.IPFilter) error {
+	p.change.Lock()
+	defer p.change.Unlock()
+	p.mu.Lock()
+	if p.state != permWaiting {
+		p.mu.Unlock()
+		return filterapi.ErrTerminating
+	}
+	p.filter = f
+	p.setSources(f)
+	next := p.Permission
+	p.mu.Unlock()
+	p.installed = true
+	if err := e.kernel.Install(context.Background(), next); err != nil {
+		return fmt.Errorf("set IP filter: %w", err)
+	}
+	e.expireAfter(p, p.Timeout)
+	return nil
+}
+
+func (p *permission) setSources(f *filterapi.IPFilter) {
+	p.AnySource, p.Sources = f == nil, nil
+	if f != nil {
+		p.Sources = f.Addrs
+	}
+}

@@ -1,0 +1,145 @@
+package engine
+
+import (
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/policy"
+)
+
+// over is the one end of every flow that user space judged: it leaves the
+// list of the living, its permission is settled, its filters hear of it, it
+// is logged once, and its session is released.
+func (e *Engine) over(c *connection, end flow.End) {
+	c.mu.Lock()
+	if c.ended {
+		c.mu.Unlock()
+		return
+	}
+	c.ended = true
+	c.mu.Unlock()
+	e.flows.remove(c)
+	end.Stop = e.now()
+	if c.session != nil {
+		e.terminating(c)
+	}
+	if c.perm != nil {
+		e.settle(c.perm)
+	}
+	e.record(end, about{rule: c.rule, protocol: c.protocol, session: c.session, secondary: c.secondary})
+	if c.session != nil {
+		e.release(c.session)
+	}
+}
+
+// KernelEnded takes conntrack's word that a kernel flow is over. It is called
+// for every flow with the Kernel mark, judged here or not.
+func (e *Engine) KernelEnded(end flow.End) {
+	if c := e.flows.find(end.Tuple); c != nil {
+		c.mu.Lock()
+		kernel := c.path == flow.Kernel
+		c.mu.Unlock()
+		if kernel {
+			if end.Start.IsZero() {
+				end.Start = c.start
+			}
+			e.over(c, end)
+			return
+		}
+	}
+	if end.Start.IsZero() {
+		end.Start = e.now()
+	}
+	end.Stop = e.now()
+	q, err := e.question(end.Tuple, "")
+	if err != nil {
+		e.record(end, about{})
+		return
+	}
+	v := e.policies.at(end.Start).Judge(q)
+	e.record(end, about{rule: v.Rule, protocol: protocolName(v)})
+}
+
+// KernelDenied takes a sample of what the kernel refused on its own.
+func (e *Engine) KernelDenied(p flow.Packet) {
+	now := e.now()
+	end := flow.End{Tuple: p.Tuple, Path: flow.Drop, Start: now, Stop: now, Result: flow.Denied}
+	q, err := e.question(p.Tuple, p.InIface)
+	if err != nil {
+		end.Reason = "no route"
+		e.record(end, about{})
+		return
+	}
+	v := e.Policy().Judge(q)
+	if v.Class == policy.ClassReject {
+		end.Path = flow.Reject
+	}
+	end.Reason = string(v.Reason)
+	e.record(end, about{rule: v.Rule, protocol: protocolName(v)})
+}
+
+func protocolName(v policy.Verdict) string {
+	if v.Protocol == nil {
+		return ""
+	}
+	return v.Protocol.Name
+}
+
+// about is what the log adds to an End.
+type about struct {
+	rule      *policy.Rule
+	protocol  string
+	session   *session
+	secondary bool
+}
+
+// record writes the one line of a flow.
+func (e *Engine) record(end flow.End, a about) {
+	if a.rule != nil && a.rule.NoLog {
+		return
+	}
+	ce := e.log.Check(zapcore.InfoLevel, "flow")
+	if ce == nil {
+		return
+	}
+	f := make([]zap.Field, 0, 20)
+	f = append(f,
+		zap.String("result", string(end.Result)),
+		zap.String("path", end.Path.String()),
+		zap.String("proto", end.Proto.String()),
+		zap.Stringer("src", end.Src),
+		zap.Stringer("dst", end.Dst))
+	if a.rule != nil {
+		f = append(f, zap.String("rule", a.rule.Name))
+	}
+	if a.protocol != "" {
+		f = append(f, zap.String("protocol", a.protocol))
+	}
+	if a.session != nil {
+		f = append(f, zap.Uint64("session", a.session.id))
+	}
+	if a.secondary {
+		f = append(f, zap.Bool("secondary", true))
+	}
+	if end.Translation.Src.IsValid() {
+		f = append(f, zap.Stringer("nat_src", end.Translation.Src))
+	}
+	if end.Translation.Dst.IsValid() {
+		f = append(f, zap.Stringer("nat_dst", end.Translation.Dst))
+	}
+	f = append(f,
+		zap.Time("start", end.Start),
+		zap.Duration("duration", end.Stop.Sub(end.Start).Round(time.Microsecond)))
+	if end.Path.Carries() {
+		f = append(f,
+			zap.Uint64("out_bytes", end.Counts.OutBytes), zap.Uint64("in_bytes", end.Counts.InBytes),
+			zap.Uint64("out_packets", end.Counts.OutPackets), zap.Uint64("in_packets", end.Counts.InPackets))
+	}
+	if end.Reason != "" {
+		f = append(f, zap.String("reason", end.Reason))
+	}
+	ce.Write(f...)
+}
