@@ -23,6 +23,19 @@ type Socket interface {
 	Close(abortive bool) error
 }
 
+// Interrupter is implemented by sockets whose Recv can be called back. A filter
+// that returns ErrReleased while another of its goroutines waits in Recv calls
+// it, and waits until that Recv has answered: nothing is received behind the
+// back of whoever carries the flow on. A filter that meets a socket without it
+// keeps carrying the bytes instead of releasing the flow.
+type Interrupter interface {
+	// Interrupt makes the Recv that waits, or else the next one, return
+	// ErrInterrupted once no received data is left. It does not block, and
+	// the socket works on as before. Exactly one Recv answers it, unless the
+	// stream has ended.
+	Interrupt()
+}
+
 // Buffer is a piece of a stream or one datagram. It has one owner at a time;
 // whoever receives it owns it, and sending or releasing ends that.
 type Buffer struct {

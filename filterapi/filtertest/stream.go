@@ -1,0 +1,194 @@
+package filtertest
+
+import (
+	"errors"
+	"io"
+	"net/netip"
+	"sync"
+
+	"github.com/sluicegw/sluice/filterapi"
+)
+
+// ErrReset is what a side reads and writes after the other one, or the
+// gateway, has reset the connection.
+var ErrReset = errors.New("connection reset by peer")
+
+// segment is what one Recv gives: a TCP segment or a datagram.
+type segment struct {
+	data []byte
+	addr netip.AddrPort
+}
+
+// lane is one direction of one leg. Its segments keep their boundaries, as the
+// author of the test chose them; a real stream promises less.
+type lane struct {
+	mu     sync.Mutex
+	moved  sync.Cond
+	segs   []segment
+	size   int // bytes in segs
+	window int // what may wait; a put blocks beyond it
+	ended  bool
+	err    error
+	nudged bool
+}
+
+func newLane(window int) *lane {
+	l := &lane{window: window}
+	l.moved.L = &l.mu
+	return l
+}
+
+// put adds a segment and waits for room, as a send does.
+func (l *lane) put(s segment) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for l.err == nil && !l.ended && l.size > 0 && l.size+len(s.data) > l.window {
+		l.moved.Wait()
+	}
+	switch {
+	case l.err != nil:
+		return l.err
+	case l.ended:
+		return io.ErrClosedPipe
+	}
+	l.segs = append(l.segs, s)
+	l.size += len(s.data)
+	l.moved.Broadcast()
+	return nil
+}
+
+// take gives the next segment, at most limit bytes of it; the rest stays. With
+// datagrams the rest is lost, as with a short buffer.
+func (l *lane) take(limit int, datagram bool) (segment, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for {
+		switch {
+		case l.err != nil:
+			return segment{}, l.err
+		case len(l.segs) > 0:
+			return l.first(limit, datagram), nil
+		case l.ended:
+			return segment{}, io.EOF
+		case l.nudged:
+			l.nudged = false
+			return segment{}, filterapi.ErrInterrupted
+		}
+		l.moved.Wait()
+	}
+}
+
+func (l *lane) first(limit int, datagram bool) segment {
+	s := l.segs[0]
+	if len(s.data) > limit && !datagram {
+		l.segs[0].data = s.data[limit:]
+		s.data = s.data[:limit:limit]
+	} else {
+		l.segs = l.segs[1:]
+	}
+	l.size -= len(s.data)
+	l.moved.Broadcast()
+	return s
+}
+
+// end is a FIN: what was put before can still be taken.
+func (l *lane) end() {
+	l.mu.Lock()
+	l.ended = true
+	l.moved.Broadcast()
+	l.mu.Unlock()
+}
+
+// fail is a reset: what was put before is lost.
+func (l *lane) fail(err error) {
+	l.mu.Lock()
+	if l.err == nil {
+		l.err, l.segs, l.size = err, nil, 0
+	}
+	l.moved.Broadcast()
+	l.mu.Unlock()
+}
+
+func (l *lane) interrupt() {
+	l.mu.Lock()
+	l.nudged = true
+	l.moved.Broadcast()
+	l.mu.Unlock()
+}
+
+// leg is the connection between the filter and one end.
+type leg struct {
+	fromEnd, toEnd *lane
+}
+
+func newLeg(window int) *leg { return &leg{newLane(window), newLane(window)} }
+
+func (g *leg) reset(err error) {
+	g.fromEnd.fail(err)
+	g.toEnd.fail(err)
+}
+
+// socket is the filter's side of a leg. It holds the filter to the ownership
+// rules: a buffer that was sent or released is overwritten.
+type socket struct {
+	flow     *Flow
+	leg      *leg
+	sent     What // how the journal calls what is sent here
+	datagram bool
+}
+
+func (s *socket) Recv() (*filterapi.Buffer, error) {
+	limit := s.flow.bufferSize()
+	for {
+		seg, err := s.leg.fromEnd.take(limit, s.datagram)
+		if err != nil {
+			return nil, err
+		}
+		if s.datagram && len(seg.data) > limit {
+			continue // lost, as the contract of SetBufferSize says
+		}
+		buf := filterapi.NewBuffer(append([]byte(nil), seg.data...), spoil)
+		buf.Addr = seg.addr
+		return buf, nil
+	}
+}
+
+func (s *socket) Send(buf *filterapi.Buffer) error {
+	seg := segment{append([]byte(nil), buf.Data...), buf.Addr}
+	buf.Release()
+	spoil(buf)
+	s.flow.gateway.journal.add(Entry{What: s.sent, Text: string(seg.data)})
+	return s.leg.toEnd.put(seg)
+}
+
+func (s *socket) Shutdown(abortive bool) error {
+	if abortive {
+		s.leg.reset(ErrReset)
+		return nil
+	}
+	s.leg.toEnd.end()
+	return nil
+}
+
+func (s *socket) Close(abortive bool) error {
+	if abortive {
+		s.leg.reset(ErrReset)
+		return nil
+	}
+	s.leg.toEnd.end()
+	s.leg.fromEnd.fail(io.ErrClosedPipe)
+	return nil
+}
+
+// interruptible is a socket with the optional Interrupt.
+type interruptible struct{ *socket }
+
+func (s interruptible) Interrupt() { s.leg.fromEnd.interrupt() }
+
+// spoil makes a use after the buffer was given away visible.
+func spoil(buf *filterapi.Buffer) {
+	for i := range buf.Data {
+		buf.Data[i] = 0xdb
+	}
+	buf.Data = nil
+}
