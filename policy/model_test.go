@@ -1,0 +1,356 @@
+package policy
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"github.com/sluicegw/sluice/flow"
+)
+
+// model judges as the documentation reads: list by list, rule by rule.
+type model struct {
+	networks  []Network
+	netRules  []NetworkRule
+	protocols []Protocol
+	rules     []Rule
+}
+
+func (m *model) in(network string, a netip.Addr, iface string, gateway bool) bool {
+	if network == Gateway || gateway {
+		return network == Gateway && gateway
+	}
+	if network == Any {
+		return true
+	}
+	for _, n := range m.networks {
+		if n.Name != network {
+			continue
+		}
+		return (len(n.Interfaces) == 0 || slices.Contains(n.Interfaces, iface)) &&
+			(len(n.Prefixes) == 0 || slices.ContainsFunc(n.Prefixes, func(p netip.Prefix) bool { return p.Contains(a) }))
+	}
+	return false
+}
+
+func (m *model) matches(d Protocol, t flow.Tuple) bool {
+	return slices.ContainsFunc(d.Matches, func(x Match) bool {
+		if x.Proto != t.Proto || x.Proto == flow.ICMP && !t.Is4() || x.Proto == flow.ICMPv6 && t.Is4() {
+			return false
+		}
+		return !x.Proto.HasPorts() && x.Proto != flow.ICMP && x.Proto != flow.ICMPv6 ||
+			x.Ports.Lo <= t.Dst.Port() && t.Dst.Port() <= x.Ports.Hi
+	})
+}
+
+// answer is a Verdict with names for pointers.
+type answer struct {
+	class                   Class
+	rule, protocol, network string
+	reverse                 bool
+	filters                 string
+	reason                  Reason
+}
+
+func plain(v Verdict) answer {
+	a := answer{class: v.Class, reverse: v.Reverse, reason: v.Reason}
+	if v.Rule != nil {
+		a.rule = v.Rule.Name
+	}
+	if v.Protocol != nil {
+		a.protocol = v.Protocol.Name
+	}
+	if v.NetworkRule != nil {
+		a.network = v.NetworkRule.Name
+	}
+	for _, f := range v.Filters {
+		a.filters += f.Name + " "
+	}
+	return a
+}
+
+func (m *model) judge(q Question) (a answer) {
+	src := func(n string) bool { return m.in(n, q.Src.Addr(), q.InIface, false) }
+	dst := func(n string) bool { return m.in(n, q.Dst.Addr(), q.OutIface, q.ToGateway) }
+	defined := ""
+	for _, d := range m.protocols {
+		if m.matches(d, q.Tuple) {
+			defined = d.Name
+			break
+		}
+	}
+	inside, joined := false, q.ToGateway
+	for _, r := range m.netRules {
+		if q.ToGateway {
+			inside = inside || src(r.From)
+			continue
+		}
+		back := src(r.To) && dst(r.From) && (r.Relation == Route || !q.Is4())
+		if forth := src(r.From) && dst(r.To); forth || back {
+			a.network, a.reverse, inside, joined = r.Name, !forth, forth, true
+			break
+		}
+	}
+	a.protocol = defined
+	if !joined {
+		a.reason = ReasonNetwork
+		return a
+	}
+	for i := range m.rules {
+		r := &m.rules[i]
+		if !slices.ContainsFunc(r.From, src) || !slices.ContainsFunc(r.To, dst) {
+			continue
+		}
+		var own []Protocol
+		all := false
+		for _, name := range r.Protocols {
+			all = all || name == AnyProtocol
+			for _, d := range m.protocols {
+				if d.Name == name && m.matches(d, q.Tuple) {
+					own = append(own, d)
+				}
+			}
+		}
+		if !all && len(own) == 0 {
+			continue
+		}
+		return m.decided(a, q, r, own, inside, defined != "")
+	}
+	a.reason = ReasonDefault
+	if inside && defined != "" {
+		a.class = ClassReject
+	}
+	return a
+}
+
+func (m *model) decided(a answer, q Question, r *Rule, own []Protocol, inside, defined bool) answer {
+	a.rule = r.Name
+	if len(own) > 0 {
+		a.protocol = own[0].Name
+	}
+	if r.Action == Deny {
+		a.reason = ReasonRule
+		tell := inside && (defined || !q.ToGateway)
+		if r.Refusal == RefuseReject || r.Refusal == RefuseAuto && tell {
+			a.class = ClassReject
+		}
+		return a
+	}
+	a.class = ClassKernel
+	if !q.Proto.HasPorts() || q.ToGateway {
+		return a
+	}
+	for _, u := range r.Filters {
+		if slices.ContainsFunc(own, func(d Protocol) bool { return d.Filter == u.Name }) {
+			a.filters += u.Name + " "
+		}
+	}
+	if a.filters != "" || r.NoKernelMode {
+		a.class = ClassAsk
+		if r.FailOpen {
+			a.class = ClassAskOpen
+		}
+	}
+	return a
+}
+
+// simulate looks a flow up as the kernel does. It reports a stage in which
+// two boxes hold it.
+func simulate(t testing.TB, c Compiled, q Question) Class {
+	zone := func(iface string) int {
+		for _, z := range c.Zones[1:] {
+			if slices.Contains(z.Interfaces, iface) {
+				return z.ID
+			}
+		}
+		return 0
+	}
+	tables, out := c.Forward, zone(q.OutIface)
+	if q.ToGateway {
+		tables, out = c.Input, 0
+	}
+	i := slices.IndexFunc(tables, func(x Table) bool { return x.In == zone(q.InIface) && x.Out == out })
+	if i < 0 {
+		return ClassDrop
+	}
+	kind := KindOther
+	switch {
+	case q.Proto == flow.TCP || q.Proto == flow.UDP:
+		kind = KindPorts
+	case q.Proto == flow.ICMP && q.Is4(), q.Proto == flow.ICMPv6 && !q.Is4():
+		kind = KindICMP
+	}
+	for _, s := range tables[i].Stages {
+		if s.Is6 == q.Is4() || s.Kind != kind {
+			continue
+		}
+		hits, class := 0, ClassDrop
+		for _, b := range s.Boxes {
+			if b.Src.Contains(q.Src.Addr()) && b.Dst.Contains(q.Dst.Addr()) && b.Protos[0] <= q.Proto && q.Proto <= b.Protos[1] &&
+				(kind == KindOther && b.Ports == PortRange{0, 65535} || kind != KindOther && b.Ports.Lo <= q.Dst.Port() && q.Dst.Port() <= b.Ports.Hi) {
+				hits, class = hits+1, b.Class
+			}
+		}
+		if hits > 1 {
+			t.Fatalf("%d boxes of one stage hold %v", hits, q)
+		}
+		if hits == 1 {
+			return class
+		}
+	}
+	return ClassDrop
+}
+
+// draw makes a small policy from a seed, without the mistakes that New finds.
+func draw(r *rand.Rand) *model {
+	pick := func(n int) int { return r.IntN(n) }
+	m := &model{}
+	ifaces := []string{"a", "b", "c", "d"}
+	prefixes := []string{"0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/16", "10.1.1.0/24", "10.1.1.1/32", "10.2.0.0/16", "192.0.2.0/24", "::/0", "fd00::/8", "fd00:1::/32", "fd00:1::1/128"}
+	names := []string{Any}
+	for i := range 1 + pick(5) {
+		n := Network{Name: fmt.Sprint("n", i)}
+		for _, name := range ifaces {
+			if pick(4) == 0 {
+				n.Interfaces = append(n.Interfaces, name)
+			}
+		}
+		for _, p := range prefixes {
+			if pick(4) == 0 {
+				n.Prefixes = append(n.Prefixes, netip.MustParsePrefix(p))
+			}
+		}
+		if n.Interfaces == nil && n.Prefixes == nil {
+			n.Interfaces = []string{"a"}
+		}
+		m.networks, names = append(m.networks, n), append(names, n.Name)
+	}
+	some := func(from []string) []string {
+		out := []string{from[pick(len(from))]}
+		for _, n := range from {
+			if pick(6) == 0 && !slices.Contains(out, n) {
+				out = append(out, n)
+			}
+		}
+		return out
+	}
+	for i := range 1 + pick(4) {
+		m.netRules = append(m.netRules, NetworkRule{Name: fmt.Sprint("j", i), From: names[pick(len(names))], To: names[pick(len(names))], Relation: Relation(1 + pick(2))})
+	}
+	protos := []string{AnyProtocol}
+	for i := range 1 + pick(6) {
+		d := Protocol{Name: fmt.Sprint("p", i)}
+		for range 1 + pick(3) {
+			p := []flow.Proto{flow.TCP, flow.UDP, flow.TCP, flow.UDP, flow.ICMP, flow.ICMPv6, 47, 48}[pick(8)]
+			lo := uint16(pick(20))
+			rng := PortRange{lo, lo + uint16(pick(6))}
+			if !p.HasPorts() && p != flow.ICMP && p != flow.ICMPv6 {
+				rng = PortRange{0, 65535}
+			}
+			d.Matches = append(d.Matches, Match{p, rng})
+			if p.HasPorts() && pick(3) == 0 {
+				d.Filter = fmt.Sprint("f", pick(2))
+			}
+		}
+		m.protocols, protos = append(m.protocols, d), append(protos, d.Name)
+	}
+	for i := range pick(9) {
+		x := Rule{Name: fmt.Sprint("r", i), From: some(names), To: some(append(names, Gateway)), Protocols: some(protos), Action: Action(pick(2))}
+		if x.Action == Deny {
+			x.Refusal = Refusal(pick(3))
+		} else if !slices.Contains(x.To, Gateway) {
+			x.NoKernelMode, x.FailOpen = pick(4) == 0, pick(2) == 0
+			for _, d := range m.protocols {
+				if d.Filter != "" && slices.Contains(x.Protocols, d.Name) && !slices.ContainsFunc(x.Filters, func(u FilterUse) bool { return u.Name == d.Filter }) {
+					x.Filters = append(x.Filters, FilterUse{Name: d.Filter})
+				}
+			}
+		}
+		m.rules = append(m.rules, x)
+	}
+	return m
+}
+
+func drawQuestion(r *rand.Rand) Question {
+	v4 := []string{"10.1.1.1", "10.1.1.2", "10.1.2.1", "10.2.0.1", "10.9.0.1", "192.0.2.7", "8.8.8.8"}
+	v6 := []string{"fd00:1::1", "fd00:1::2", "fd00:2::1", "2001:db8::1"}
+	from := v4
+	if r.IntN(3) == 0 {
+		from = v6
+	}
+	ifaces := []string{"a", "b", "c", "d", "other", ""}
+	addr := func() netip.Addr { return netip.MustParseAddr(from[r.IntN(len(from))]) }
+	p := []flow.Proto{flow.TCP, flow.TCP, flow.UDP, flow.ICMP, flow.ICMPv6, 47, 48, 132}[r.IntN(8)]
+	return Question{
+		Tuple:   flow.Tuple{Proto: p, Src: netip.AddrPortFrom(addr(), 40000), Dst: netip.AddrPortFrom(addr(), uint16(r.IntN(28)))},
+		InIface: ifaces[r.IntN(6)], OutIface: ifaces[r.IntN(6)], ToGateway: r.IntN(5) == 0,
+	}
+}
+
+// Judge, the plain model and the compiled policy say the same.
+func TestRandomPolicies(t *testing.T) {
+	classes := map[Class]int{}
+	for seed := range uint64(4000) {
+		r := rand.New(rand.NewPCG(seed, 1))
+		m := draw(r)
+		p, err := New(m.networks, m.netRules, m.protocols, m.rules)
+		if err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+		c, err := p.Compile()
+		if err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+		checkStages(t, c)
+		for range 60 {
+			q := drawQuestion(r)
+			want, got := m.judge(q), p.Judge(q)
+			if plain(got) != want {
+				t.Fatalf("seed %d: %+v:\n got %+v\nwant %+v\n%+v", seed, q, plain(got), want, m)
+			}
+			if class := simulate(t, c, q); class != want.class {
+				t.Fatalf("seed %d: %+v: compiled to %d, want %+v\n%+v\n%+v", seed, q, class, want, m, c)
+			}
+			classes[want.class]++
+		}
+	}
+	for class := ClassDrop; class <= ClassAskOpen; class++ {
+		if classes[class] < 500 {
+			t.Errorf("class %d was met %d times only", class, classes[class])
+		}
+	}
+}
+
+// checkStages proves that no two boxes of a stage overlap, and that a box has
+// a reason to stand where it stands: one of the stage before overlaps with it.
+func checkStages(t *testing.T, c Compiled) {
+	t.Helper()
+	for _, tables := range [][]Table{c.Forward, c.Input} {
+		for _, table := range tables {
+			for k, s := range table.Stages {
+				later := k > 0 && table.Stages[k-1].Is6 == s.Is6 && table.Stages[k-1].Kind == s.Kind
+				for i := range s.Boxes {
+					b := &s.Boxes[i]
+					if b.Src.Addr().Is4() == s.Is6 || b.Dst.Addr().Is4() == s.Is6 || kindOf(b.Protos[0], family(b.Src.Addr())) != s.Kind {
+						t.Fatalf("%+v in a stage of another family or kind", b)
+					}
+					for j := range i {
+						if overlap(b, &s.Boxes[j]) {
+							t.Fatalf("%+v and %+v overlap in one stage", *b, s.Boxes[j])
+						}
+					}
+					for _, before := range table.Stages[:k] {
+						if slices.ContainsFunc(before.Boxes, func(x Box) bool { return contains(&x, b) }) {
+							t.Fatalf("%+v can never be hit", *b)
+						}
+					}
+					if later && !slices.ContainsFunc(table.Stages[k-1].Boxes, func(x Box) bool { return overlap(b, &x) }) {
+						t.Fatalf("%+v could stand a stage earlier", *b)
+					}
+				}
+			}
+		}
+	}
+}
