@@ -1,0 +1,111 @@
+package userpath
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicegw/sluice/engine"
+	"github.com/sluicegw/sluice/flow"
+)
+
+// errDialTimeout is the end of a dial that nobody answered.
+var errDialTimeout = fmt.Errorf("no answer: %w", unix.ETIMEDOUT)
+
+// startDial makes a TCP socket as d says and starts its handshake. The socket
+// is non-blocking and the caller's. done is true if the handshake is over
+// already, which loopback can do.
+//
+// The number of system calls counts here, each connection pays them: what
+// most connections do not live long enough to need, TCP_NODELAY and
+// keepalive, is set later (see tcpEnd.hurry and TCP.sweep).
+func startDial(d engine.Dial, marks flow.Marks) (fd int, done bool, err error) {
+	fd, err = unix.Socket(domainOf(d.Target.Addr()), unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	if err != nil {
+		return -1, false, fmt.Errorf("make a socket: %w", err)
+	}
+	if err = prepareDial(fd, d, marks); err == nil {
+		err = unix.Connect(fd, sockaddrOf(d.Target))
+	}
+	switch {
+	case err == nil:
+		return fd, true, nil
+	case errors.Is(err, unix.EINPROGRESS):
+		return fd, false, nil
+	}
+	unix.Close(fd)
+	return -1, false, err
+}
+
+// prepareDial sets the options and the local address.
+func prepareDial(fd int, d engine.Dial, marks flow.Marks) error {
+	if err := setOwnMark(fd, marks); err != nil {
+		return err
+	}
+	if !d.Source.IsValid() {
+		return nil
+	}
+	if d.Transparent {
+		if err := setTransparent(fd, d.Source.Addr().Is4()); err != nil {
+			return err
+		}
+	}
+	var err error
+	if d.Source.Port() == 0 {
+		err = setLatePort(fd)
+	} else {
+		err = setReuseAddr(fd)
+	}
+	if err != nil {
+		return err
+	}
+	if err := unix.Bind(fd, sockaddrOf(d.Source)); err != nil {
+		return fmt.Errorf("bind to %s: %w", d.Source, err)
+	}
+	return nil
+}
+
+// localName is the address that a connected socket has. A dial with a full
+// source knows it without asking.
+func localName(fd int, d engine.Dial) netip.AddrPort {
+	if d.Source.IsValid() && d.Source.Port() != 0 {
+		return d.Source
+	}
+	sa, err := unix.Getsockname(fd)
+	if err != nil {
+		return netip.AddrPort{}
+	}
+	return addrPortOf(sa)
+}
+
+// dialErrors is what the initiator is told when the far end could not be
+// reached, by the error that connect gives (the kernel makes these from ICMP:
+// icmp_err_convert in net/ipv4/icmp.c, tab_unreach in net/ipv6/icmp.c).
+var dialErrors = []struct {
+	err    unix.Errno
+	path   flow.Path
+	result flow.Result
+}{
+	{unix.ECONNREFUSED, flow.Reject, flow.Refused},
+	{unix.EACCES, flow.Reject, flow.Refused}, // ICMPv6 "administratively prohibited"
+	{unix.EHOSTUNREACH, flow.HostUnreachable, flow.Unreachable},
+	{unix.EHOSTDOWN, flow.HostUnreachable, flow.Unreachable},
+	{unix.ENOPROTOOPT, flow.HostUnreachable, flow.Unreachable}, // ICMP "protocol unreachable"
+	{unix.ENETUNREACH, flow.NetUnreachable, flow.Unreachable},
+	{unix.ENONET, flow.NetUnreachable, flow.Unreachable},
+	{unix.ETIMEDOUT, flow.Drop, flow.TimedOut},
+}
+
+// classifyDial turns the error of a dial into the answer to the held SYN and
+// the result for the log. What is not the network's word is the gateway's own
+// trouble: the SYN is dropped, and its retransmission tries again.
+func classifyDial(err error) (flow.Path, flow.Result) {
+	for _, e := range dialErrors {
+		if errors.Is(err, e.err) {
+			return e.path, e.result
+		}
+	}
+	return flow.Drop, flow.Failed
+}

@@ -1,0 +1,304 @@
+package userpath
+
+import (
+	"errors"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicegw/sluice/engine"
+	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/flow"
+)
+
+// takeover is what a TCP flow calls of an engine.Takeover.
+type takeover interface {
+	Conn() filterapi.Connection
+	Connected(name, peer netip.AddrPort)
+	Killed() <-chan struct{}
+	Ended(flow.Counts, flow.Result, string)
+}
+
+// tcpJob is a takeover with what it says about the flow.
+type tcpJob struct {
+	takeover
+	tuple             flow.Tuple
+	dial              engine.Dial
+	chain             []engine.Link
+	initiatorExternal bool
+	buffer            int
+}
+
+func jobOf(t *engine.Takeover) tcpJob {
+	return tcpJob{t, t.Tuple, t.Dial, t.Chain, t.InitiatorExternal, t.Buffer}
+}
+
+// tcpFlow is one flow that was taken over.
+//
+//	dialling --handshake--> waiting --accepted--> carrying --> over
+//	    |                      |  30 s, Kill          |
+//	    +---- error, Kill -----+----------------------+------> over
+//
+// Each direction has a carrier of its own: filters hold it, or the loop does.
+type tcpFlow struct {
+	tcp  *TCP
+	loop *loop
+	job  tcpJob
+	slot int32
+	gen  int32
+
+	ends [2]tcpEnd
+	dirs [2]direction
+
+	dialled chan error // one value: the handshake's end
+	done    chan struct{}
+	sent    atomic.Uint64 // payload from the initiator
+	rcvd    atomic.Uint64 // payload to the initiator
+
+	mu       sync.Mutex // orders the arrival of the initiator and the end
+	over     bool       // written by the loop under mu
+	carrying atomic.Bool
+	since    time.Time // of waiting, then of carrying; under mu
+
+	// Loop-owned.
+	queued   bool // in loop.again
+	kept     bool // keepalive is set on the far end
+	shaken   bool // the handshake is over
+	lingerBy time.Time
+	result   flow.Result // after done: anyone
+	reason   string
+
+	chain *chain // nil without data filters
+}
+
+// tcpEnd is one of the two sockets of a flow.
+type tcpEnd struct {
+	fd int // -1: not there
+	// mu keeps the loop from closing fd under a filter's system call. The
+	// loop itself needs it only for closing.
+	mu   sync.RWMutex
+	gone bool
+
+	// Loop-owned: what the socket can do, as far as its events told. false
+	// is certain until the next event, true is to be tried.
+	readable, writable, hungUp, failed bool
+
+	eof  atomic.Bool // nothing more comes from it
+	shut atomic.Bool // nothing more goes to it
+	// cause is why the end is unusable, if it broke; told, that a filter or
+	// a relay heard of it.
+	cause atomic.Pointer[error]
+	told  atomic.Bool
+
+	// Only one goroutine sends at a time, and it owns these.
+	hasSent, nodelay bool
+
+	rd, wr chan struct{} // ring the waiting filter; nil without data filters
+}
+
+// direction is the way from ends[i] to ends[1-i].
+type direction struct {
+	carrier atomic.Int32
+
+	// Loop-owned.
+	bulk  bool // spliced rather than copied
+	small int  // small pieces in a row, in bulk
+	pipe  *pipe
+	rest  []byte // copied, not yet taken by the socket
+}
+
+// Who reads the source of a direction.
+const (
+	byLoop    = iota // the loop, and sends to the other end
+	byFilters        // the chain
+	byNobody         // the loop, and forgets it: the filter has closed
+)
+
+func (f *tcpFlow) prepare(t *TCP, l *loop, job tcpJob) {
+	f.tcp, f.loop, f.job = t, l, job
+	f.dialled = make(chan error, 1)
+	f.done = make(chan struct{})
+	f.ends[sideInit].fd, f.ends[sideFar].fd = -1, -1
+	f.ends[sideInit].nodelay = true // inherited from the listener
+	if len(job.chain) == 0 {
+		return
+	}
+	for i := range f.ends {
+		f.ends[i].rd, f.ends[i].wr = make(chan struct{}, 1), make(chan struct{}, 1)
+		f.dirs[i].carrier.Store(byFilters)
+	}
+	f.chain = newChain(f)
+}
+
+// happened notes an event of one end and acts on it. Loop only.
+func (f *tcpFlow) happened(side int, events uint32) {
+	if f.over {
+		return
+	}
+	e := &f.ends[side]
+	if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		e.readable = true
+	}
+	if events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		e.writable = true
+	}
+	e.hungUp = e.hungUp || events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0
+	e.failed = e.failed || events&unix.EPOLLERR != 0
+	if !f.shaken {
+		f.handshake(e, events)
+		return
+	}
+	if f.carrying.Load() {
+		f.step()
+	}
+}
+
+// handshake learns how the dial went. Loop only.
+func (f *tcpFlow) handshake(e *tcpEnd, events uint32) {
+	var err error
+	switch {
+	case events&(unix.EPOLLERR|unix.EPOLLHUP) != 0:
+		if err = socketError(e.fd); err == nil {
+			err = errors.New("the connection ended with its handshake")
+		}
+	case events&unix.EPOLLOUT == 0:
+		return
+	}
+	f.shaken = true
+	select {
+	case f.dialled <- err:
+	default:
+	}
+}
+
+// step carries what can be carried. Loop only.
+func (f *tcpFlow) step() {
+	if f.over {
+		return
+	}
+	for i := range f.dirs {
+		switch src := &f.ends[i]; f.dirs[i].carrier.Load() {
+		case byLoop:
+			f.carry(i)
+		case byNobody:
+			f.discard(i)
+		default:
+			if src.readable {
+				src.readable = false
+				wake(src.rd)
+			}
+			if dst := &f.ends[i^oppositeMask]; dst.writable {
+				dst.writable = false
+				wake(dst.wr)
+			}
+		}
+		if f.over {
+			return
+		}
+	}
+	for i := range f.ends {
+		f.checkError(i)
+	}
+	f.settle()
+}
+
+func wake(bell chan struct{}) {
+	select {
+	case bell <- struct{}{}:
+	default:
+	}
+}
+
+// arrived gives the flow its initiator's socket and starts it. False: the
+// flow is over, and the socket still the caller's.
+func (f *tcpFlow) arrived(fd int) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.over {
+		return false
+	}
+	f.ends[sideInit].fd = fd
+	f.since = time.Now()
+	f.carrying.Store(true)
+	if f.chain != nil {
+		f.chain.start()
+	}
+	// The first event is that the socket can be written to; it makes the loop
+	// look at both ends.
+	if err := f.loop.watch(f, sideInit); err != nil {
+		f.abort(flow.Failed, err.Error())
+	}
+	return true
+}
+
+// follow waits for the end of a flow and reports it. It is the one goroutine
+// that every flow has.
+func (f *tcpFlow) follow() {
+	select {
+	case <-f.job.Killed():
+		f.abort(flow.CutByPolicy, "killed")
+		<-f.done
+	case <-f.done:
+	}
+	f.tcp.waiting.remove(f)
+	if f.chain != nil {
+		f.chain.wait()
+	}
+	f.job.Ended(f.counts(), f.result, f.reason)
+	f.tcp.stats.flows.Add(-1)
+	f.tcp.flows.Done()
+}
+
+// counts is the payload as the initiator sees it.
+func (f *tcpFlow) counts() flow.Counts {
+	return flow.Counts{OutBytes: f.sent.Load(), InBytes: f.rcvd.Load()}
+}
+
+// countRead and countWritten keep counts: the initiator's end is the measure.
+func (f *tcpFlow) countRead(side, n int) {
+	if side == sideInit {
+		f.sent.Add(uint64(n))
+	}
+}
+
+func (f *tcpFlow) countWritten(side, n int) {
+	if side == sideInit {
+		f.rcvd.Add(uint64(n))
+	}
+}
+
+func (f *tcpFlow) sideName(side int) string {
+	if side == sideInit {
+		return "initiator"
+	}
+	return "far end"
+}
+
+// hurry turns Nagle's algorithm off before the second send: it never delays
+// the first one, and many flows have no second.
+func (e *tcpEnd) hurry() {
+	if e.nodelay {
+		return
+	}
+	if e.hasSent {
+		unix.SetsockoptInt(e.fd, unix.SOL_TCP, unix.TCP_NODELAY, 1)
+		e.nodelay = true
+	}
+	e.hasSent = true
+}
+
+var _ takeover = (*engine.Takeover)(nil)
+
+// name is the address of the far end's socket on this side.
+func (f *tcpFlow) name() netip.AddrPort {
+	e := &f.ends[sideFar]
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	if e.gone {
+		return netip.AddrPort{}
+	}
+	return localName(e.fd, f.job.dial)
+}
