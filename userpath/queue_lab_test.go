@@ -3,6 +3,7 @@ package userpath
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -153,6 +154,11 @@ func newQueueLab(t testing.TB, bypass bool) *queueLab {
 		if err := runCommand(queueRules, "nft", "-f", "-"); err != nil {
 			return err
 		}
+		if bypass { // a packet that skips the queue carries its path already
+			if err := runCommand("", "nft", "add rule inet sluice ask meta mark set 0x05000000"); err != nil {
+				return err
+			}
+		}
 		return addQueueRule(labQueue, bypass)
 	})
 	return l
@@ -246,8 +252,18 @@ func (l *queueLab) udpServer(addr string) *net.UDPConn {
 	l.t.Helper()
 	var c *net.UDPConn
 	l.gw.must(l.t, func() (err error) {
-		c, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(addr)))
-		return err
+		if c, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(addr))); err != nil {
+			return err
+		}
+		raw, err := c.SyscallConn() // room for a burst, whatever rmem_max says
+		if err != nil {
+			return err
+		}
+		var forced error
+		err = raw.Control(func(fd uintptr) {
+			forced = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 16<<20)
+		})
+		return errors.Join(err, forced)
 	})
 	l.t.Cleanup(func() { _ = c.Close() })
 	return c
@@ -303,4 +319,22 @@ func receive(t testing.TB, c *net.UDPConn) string {
 		t.Fatal(err)
 	}
 	return string(b[:n])
+}
+
+// receiveByPeer receives n datagrams and joins the texts of each sender.
+func receiveByPeer(t testing.TB, c *net.UDPConn, n int) map[netip.AddrPort]string {
+	t.Helper()
+	got := make(map[netip.AddrPort]string)
+	b := make([]byte, 2048)
+	for range n {
+		if err := c.SetReadDeadline(time.Now().Add(3 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		n, from, err := c.ReadFromUDPAddrPort(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got[from] += string(b[:n])
+	}
+	return got
 }
