@@ -1,0 +1,223 @@
+package userpath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/flow"
+)
+
+// udpFilterGrace is how long the end of a flow waits for its data filters,
+// which learn of it by their context.
+const udpFilterGrace = 2 * time.Second
+
+// udpChain is the data filters of one flow. Filter 0 is next to the client;
+// outward[i] holds what filter i receives from the client's side, inward[i]
+// what it receives from the external side:
+//
+//	client -> outward[0] -> filter 0 -> outward[1] -> filter 1 -> external
+//	client <- filter 0 <- inward[0] <- filter 1 <- inward[1] <- external
+type udpChain struct {
+	u       *UDP
+	f       *udpFlow
+	outward []*udpLink
+	inward  []*udpLink
+	client  udpHop // the network on the client's side
+	network udpHop // the network on the external side
+
+	holding atomic.Int32 // filters that have not dropped out
+	done    sync.WaitGroup
+}
+
+func newUDPChain(u *UDP, f *udpFlow) *udpChain {
+	c := &udpChain{u: u, f: f}
+	initiator, target := &udpNetwork{u, f, udpInward}, &udpNetwork{u, f, udpOutward}
+	c.client, c.network = initiator, target
+	if f.external {
+		c.client, c.network = target, initiator
+	}
+	for range f.udpRequest.chain {
+		c.outward = append(c.outward, newUDPLink(u, f.buffer))
+		c.inward = append(c.inward, newUDPLink(u, f.buffer))
+	}
+	return c
+}
+
+// udpNetwork is an end of a chain: a way out of the gateway.
+type udpNetwork struct {
+	u   *UDP
+	f   *udpFlow
+	dir udpDirection
+}
+
+func (n *udpNetwork) push(b *filterapi.Buffer) {
+	if !n.f.killed() {
+		out := n.u.outs.Get().(*udpOut)
+		out.add(n.f, n.dir, b.Data)
+		out.flush()
+		n.u.outs.Put(out)
+	}
+	b.Release()
+}
+
+// shut does nothing: UDP has no way to say it.
+func (n *udpNetwork) shut() {}
+
+// enter takes a datagram from the network into the chain. data is copied.
+func (c *udpChain) enter(dir udpDirection, data []byte) {
+	first := c.outward[0]
+	if (dir == udpOutward) == c.f.external {
+		first = c.inward[len(c.inward)-1]
+	}
+	if len(data) > first.max && c.holding.Load() > 0 {
+		c.u.stats.oversize.Add(1)
+		return
+	}
+	b := filterapi.NewBuffer(append(make([]byte, 0, len(data)), data...), nil)
+	b.Addr = c.f.far()
+	first.push(b)
+}
+
+func (c *udpChain) start() {
+	c.holding.Store(int32(len(c.outward)))
+	for i := range c.outward {
+		c.done.Go(func() { c.run(i) })
+	}
+	// A kill ends the flow at once, not with the next sweep.
+	c.u.ending.Go(func() {
+		select {
+		case <-c.f.kill:
+			c.u.end(c.f, flow.CutByPolicy, "")
+		case <-c.f.ctx.Done():
+		}
+	})
+}
+
+// wait returns when all filters have, or after udpFilterGrace.
+func (c *udpChain) wait() {
+	returned := make(chan struct{})
+	go func() {
+		c.done.Wait()
+		close(returned)
+	}()
+	grace := time.NewTimer(udpFilterGrace)
+	defer grace.Stop()
+	select {
+	case <-returned:
+	case <-grace.C:
+		c.u.log.Warn("data filter goes on after the end of its flow", zap.Stringer("flow", c.f.tuple))
+	}
+}
+
+// run is one data filter's goroutine.
+func (c *udpChain) run(i int) {
+	name := c.f.udpRequest.chain[i].Name
+	err := c.pump(i)
+	switch {
+	case c.f.ctx.Err() != nil:
+	case err == nil:
+		c.u.end(c.f, flow.Closed, "")
+	case errors.Is(err, filterapi.ErrReleased):
+		c.dropOut(i)
+	default:
+		c.u.log.Warn("data filter ended its flow", zap.String("filter", name),
+			zap.Stringer("flow", c.f.tuple), zap.Error(err))
+		c.u.end(c.f, flow.Failed, fmt.Sprintf("filter %s: %v", name, err))
+	}
+}
+
+func (c *udpChain) pump(i int) (err error) {
+	link := c.f.udpRequest.chain[i]
+	defer func() {
+		if r := recover(); r != nil {
+			c.u.log.Error("panic in data filter", zap.String("filter", link.Name), zap.Any("panic", r),
+				zap.ByteString("stack", debug.Stack()))
+			err = fmt.Errorf("panic: %v", r)
+		}
+	}()
+	toClient, toNetwork := c.around(i)
+	internal := &udpEnd{ctx: c.f.ctx, far: c.f.far(), in: c.outward[i], out: toClient}
+	external := &udpEnd{ctx: c.f.ctx, far: c.f.far(), in: c.inward[i], out: toNetwork}
+	return link.Filter.Pump(c.f.ctx, c.f.control.Conn(), internal, external)
+}
+
+// around gives what filter i sends to, on the client's side and on the
+// external side.
+func (c *udpChain) around(i int) (toClient, toNetwork udpHop) {
+	toClient, toNetwork = c.client, c.network
+	if i > 0 {
+		toClient = c.inward[i-1]
+	}
+	if i < len(c.outward)-1 {
+		toNetwork = c.outward[i+1]
+	}
+	return toClient, toNetwork
+}
+
+// dropOut joins the neighbours of a filter that gave the flow back. After the
+// last one the flow is carried directly, without copies.
+func (c *udpChain) dropOut(i int) {
+	toClient, toNetwork := c.around(i)
+	c.outward[i].passTo(toNetwork)
+	c.inward[i].passTo(toClient)
+	if c.holding.Add(-1) == 0 {
+		c.f.chain.Store(nil)
+	}
+}
+
+// udpEnd is one side of a data filter. It implements filterapi.Socket
+// and filterapi.Interrupter.
+type udpEnd struct {
+	ctx context.Context
+	far netip.AddrPort
+	in  *udpLink
+	out udpHop
+	// closed: nothing is sent any more.
+	closed atomic.Bool
+}
+
+// Recv gives the next datagram. filterapi.ErrTerminating: the flow is over.
+func (e *udpEnd) Recv() (*filterapi.Buffer, error) { return e.in.recv(e.ctx) }
+
+// Interrupt implements filterapi.Interrupter.
+func (e *udpEnd) Interrupt() { e.in.interrupt() }
+
+// Send passes a datagram on, or loses it where the next hop is full. An
+// address other than the flow's far one is filterapi.ErrInvalidArgument.
+func (e *udpEnd) Send(b *filterapi.Buffer) error {
+	switch {
+	case e.ctx.Err() != nil || e.closed.Load():
+		b.Release()
+		return filterapi.ErrTerminating
+	case b.Addr.IsValid() && b.Addr != e.far:
+		b.Release()
+		return fmt.Errorf("send datagram to %s: %w", b.Addr, filterapi.ErrInvalidArgument)
+	}
+	b.Addr = e.far
+	e.out.push(b)
+	return nil
+}
+
+// Shutdown tells the neighbour that no more will come; the network is not
+// told, for UDP has no word for it, abortive or not.
+func (e *udpEnd) Shutdown(bool) error {
+	if !e.closed.Swap(true) {
+		e.out.shut()
+	}
+	return nil
+}
+
+// Close also drops what comes.
+func (e *udpEnd) Close(abortive bool) error {
+	e.in.discard()
+	return e.Shutdown(abortive)
+}

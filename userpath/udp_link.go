@@ -1,0 +1,173 @@
+package userpath
+
+import (
+	"context"
+	"io"
+	"sync"
+
+	"github.com/sluicegw/sluice/filterapi"
+)
+
+// udpLinkBytes is the least payload that a link between data filters holds,
+// so that a burst survives a filter that pauses; udpLinkDatagrams bounds what
+// tiny datagrams cost beside their payload.
+const (
+	udpLinkBytes     = 64 << 10
+	udpLinkDatagrams = 4096
+)
+
+// udpHop takes datagrams on their way: the link to the next data filter, or
+// the network. It owns the buffer from then on.
+type udpHop interface {
+	push(*filterapi.Buffer)
+	// shut says that no more will come from this side.
+	shut()
+}
+
+// udpLink is one direction between two neighbours in a chain: what waits for
+// one data filter. It is bounded and drops what does not fit.
+type udpLink struct {
+	u     *UDP
+	max   int // bytes of one datagram
+	limit int // bytes in all
+
+	mu    sync.Mutex
+	items []*filterapi.Buffer
+	bytes int
+	shutd bool
+	// interrupts are answered by as many recv, when nothing waits.
+	interrupts int
+	// next takes everything once the filter has dropped out.
+	next udpHop
+	wake chan struct{}
+}
+
+func newUDPLink(u *UDP, buffer int) *udpLink {
+	return &udpLink{u: u, max: buffer, limit: max(udpLinkBytes, 2*buffer), wake: make(chan struct{}, 1)}
+}
+
+func (l *udpLink) push(b *filterapi.Buffer) {
+	l.mu.Lock()
+	next := l.next
+	switch {
+	case next != nil:
+		l.mu.Unlock()
+		next.push(b)
+		return
+	case l.shutd:
+	case len(b.Data) > l.max:
+		l.u.stats.oversize.Add(1)
+	case len(l.items) >= udpLinkDatagrams || l.bytes+len(b.Data) > l.limit:
+		l.u.stats.linkFull.Add(1)
+	default:
+		l.items = append(l.items, b)
+		l.bytes += len(b.Data)
+		l.mu.Unlock()
+		l.signal()
+		return
+	}
+	l.mu.Unlock()
+	b.Release()
+}
+
+func (l *udpLink) signal() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (l *udpLink) shut() {
+	l.mu.Lock()
+	l.shutd = true
+	next := l.next
+	l.mu.Unlock()
+	l.signal()
+	if next != nil {
+		next.shut()
+	}
+}
+
+// discard drops what waits and what is still to come.
+func (l *udpLink) discard() {
+	l.shut()
+	l.mu.Lock()
+	items := l.items
+	l.items, l.bytes = nil, 0
+	l.mu.Unlock()
+	for _, b := range items {
+		b.Release()
+	}
+}
+
+// take gives the next datagram, or nil; the caller holds l.mu.
+func (l *udpLink) take() *filterapi.Buffer {
+	if len(l.items) == 0 {
+		return nil
+	}
+	b := l.items[0]
+	l.items[0] = nil
+	l.items = l.items[1:]
+	l.bytes -= len(b.Data)
+	if len(l.items) == 0 {
+		l.items = nil
+	}
+	return b
+}
+
+// recv waits for a datagram until ctx is over. io.EOF: the other side has shut
+// down and all was read.
+func (l *udpLink) recv(ctx context.Context) (*filterapi.Buffer, error) {
+	for {
+		if ctx.Err() != nil {
+			return nil, filterapi.ErrTerminating
+		}
+		l.mu.Lock()
+		b, shut, interrupted := l.take(), l.shutd, false
+		if b == nil && !shut && l.interrupts > 0 {
+			l.interrupts--
+			interrupted = true
+		}
+		l.mu.Unlock()
+		switch {
+		case b != nil:
+			return b, nil
+		case shut:
+			return nil, io.EOF
+		case interrupted:
+			return nil, filterapi.ErrInterrupted
+		}
+		select {
+		case <-l.wake:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// interrupt makes one recv return when nothing waits.
+func (l *udpLink) interrupt() {
+	l.mu.Lock()
+	l.interrupts++
+	l.mu.Unlock()
+	l.signal()
+}
+
+// passTo sends what waits, and then everything that comes, straight on. The
+// order is kept: next is in force only when nothing waits any more.
+func (l *udpLink) passTo(next udpHop) {
+	for {
+		l.mu.Lock()
+		b := l.take()
+		if b == nil {
+			l.next = next
+			shut := l.shutd
+			l.mu.Unlock()
+			if shut {
+				next.shut()
+			}
+			return
+		}
+		l.mu.Unlock()
+		next.push(b)
+	}
+}
