@@ -512,3 +512,16 @@ func TestServerGoesWithRepliesOutstanding(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestServerGoesBeforeAuth(t *testing.T) {
+	_, fl := setup(t, "auth_tls: pass")
+	fl.Server.CloseWrite()
+	fl.Client.ExpectEOF()
+	fl.Client.Send("AUTH TLS\r\nNOOP\r\n")
+	fl.Server.Expect("AUTH TLS\r\nNOOP\r\n")
+	fl.Client.CloseWrite()
+	fl.Server.ExpectEOF()
+	if err := fl.Wait(); err != nil {
+		t.Error(err)
+	}
+}

@@ -53,9 +53,10 @@ func (c *control) commands() {
 	}
 }
 
-// secureOutstanding: an AUTH or ADAT waits for its reply. mu is held.
+// secureOutstanding: an AUTH or ADAT waits for a reply that can still come. mu
+// is held.
 func (c *control) secureOutstanding() bool {
-	return len(c.queue) > 0 && c.queue[len(c.queue)-1].secures
+	return !c.server.eof && len(c.queue) > 0 && c.queue[len(c.queue)-1].secures
 }
 
 // forward sends a line to the server, in the place of raw, which is at the

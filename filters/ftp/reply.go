@@ -37,9 +37,8 @@ func cutReply(in []byte, open int) (replyLine, int, error) {
 	if len(text) >= maxLine {
 		return replyLine{}, 0, fmt.Errorf("%w: reply line of more than %d bytes", errNotFTP, maxLine)
 	}
-	if complete {
-		text = bytes.TrimRight(text, "\r")
-	}
+	// Some servers end a line with CR CR LF.
+	text = bytes.TrimRight(text, "\r")
 	if open == 0 {
 		if err := checkReply(text, complete); err != nil {
 			return replyLine{}, 0, err
