@@ -271,6 +271,14 @@ func (e *End) Waiting() string {
 	return text
 }
 
+// Addr is the address of this end with another port.
+func (e *End) Addr(port uint16) netip.AddrPort {
+	if e == e.flow.Client {
+		return netip.AddrPortFrom(e.flow.tuple.Src.Addr(), port)
+	}
+	return netip.AddrPortFrom(e.flow.tuple.Dst.Addr(), port)
+}
+
 // CloseWrite sends a FIN; the end can still receive.
 func (e *End) CloseWrite() { e.leg.fromEnd.end() }
 
