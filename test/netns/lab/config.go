@@ -1,0 +1,58 @@
+package lab
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// Config is a gateway's configuration: the lab's own networks, and the parts
+// that a test writes in the configuration's language. A zero part is left out.
+type Config struct {
+	// Rules is the list under `rules:`, as YAML; tabs before it are cut off.
+	Rules string
+	// Protocols is the mapping under `protocols:`.
+	Protocols string
+	// NetworkRules replaces the default: lan to wan by NAT.
+	NetworkRules string
+	// Networks adds to lan and wan.
+	Networks string
+	// Queue adds settings under `queue:`, Extra adds top-level settings.
+	Queue, Extra string
+}
+
+// Text is the configuration file of a gateway in this lab.
+func (l *Lab) Text(c Config) string {
+	var b strings.Builder
+	b.WriteString("networks:\n  lan: {interfaces: [lan0]}\n  wan: {interfaces: [wan0]}\n")
+	b.WriteString(block(c.Networks))
+	rules := c.NetworkRules
+	if rules == "" {
+		rules = "  - {name: out, from: lan, to: wan, relation: nat}\n"
+	}
+	b.WriteString("network_rules:\n" + block(rules))
+	if c.Protocols != "" {
+		b.WriteString("protocols:\n" + block(c.Protocols))
+	}
+	if c.Rules != "" {
+		b.WriteString("rules:\n" + block(c.Rules))
+	}
+	form := os.Getenv(envForm)
+	if form == "" {
+		form = "auto"
+	}
+	fmt.Fprintf(&b, "queue:\n  form: %s\n%s", form, block(c.Queue))
+	fmt.Fprintf(&b, "control:\n  socket: %s\n%s", filepath.Join(l.dir, "control"), block(c.Extra))
+	return b.String()
+}
+
+// block strips the indentation that a Go literal brings along beyond two
+// spaces, so that tests can indent their YAML with their code.
+func block(s string) string {
+	s = strings.ReplaceAll(strings.Trim(s, "\n"), "\t", "")
+	if strings.TrimSpace(s) == "" {
+		return ""
+	}
+	return s + "\n"
+}
