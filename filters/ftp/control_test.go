@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 
@@ -458,25 +459,63 @@ func TestBackPressure(t *testing.T) {
 		g.Window = 4 << 10
 		fl := talk(t, g)
 		line := "214-" + strings.Repeat("x", 1000) + "\r\n"
-		sent := make(chan int)
+		var sent atomic.Int32
 		go func() {
-			n := 0
-			for ; n < 500; n++ {
+			for range 500 {
 				if fl.Server.Offer(line) != nil {
-					break
+					return
 				}
+				sent.Add(1)
 			}
-			sent <- n
 		}()
 		synctest.Wait()
-		if n := strings.Count(fl.Client.Waiting(), "214-"); n > 8 {
-			t.Errorf("%d lines wait at a client that does not read", n)
+		// Two windows, what waits, and what is being sent.
+		if n := int(sent.Load()) * len(line); n > 2*g.Window+3*maxPending {
+			t.Errorf("%d bytes were taken for a client that does not read", n)
 		}
 		fl.Client.Expect(strings.Repeat(line, 500))
-		if n := <-sent; n != 500 {
-			t.Errorf("%d lines sent", n)
+	})
+}
+
+// Filtering ends while the kernel is being asked: what it grants afterwards is
+// void at once.
+func TestReleasedWhileTheKernelIsAsked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, fl := setup(t, "malformed: pass")
+		release := g.HoldKernel()
+		fl.Client.Send("PASV\r\n")
+		fl.Server.Expect("PASV\r\n")
+		fl.Server.Send("227 (192,168,1,1,19,137)\r\n")
+		synctest.Wait()
+		fl.Client.Send("what\r\n")
+		fl.Server.Expect("what\r\n")
+		fl.Client.Expect("227 (192,168,1,1,19,137)\r\n")
+		release()
+		synctest.Wait()
+		permissions(t, g, "allowed tcp 10.0.0.2 > 203.0.113.10:5001", "cancelled tcp 10.0.0.2 > 203.0.113.10:5001")
+
+		g, fl = setup(t, "malformed: pass")
+		release = g.HoldKernel()
+		fl.Client.Send(portIn)
+		synctest.Wait()
+		fl.Server.Send("what\r\n")
+		fl.Client.Expect("what\r\n")
+		release()
+		fl.Server.Expect(portIn) // as it came, and nothing behind it
+		synctest.Wait()
+		if got := fl.Server.Waiting(); got != "" || len(g.Open()) > 0 {
+			t.Errorf("the server has %q, open %v", got, g.Open())
 		}
 	})
+}
+
+// Answers of the gateway's that waited for their turn are not lost when
+// filtering ends.
+func TestReleasedWithAnswersWaiting(t *testing.T) {
+	_, fl := setup(t, "malformed: pass")
+	fl.Client.Send("NOOP\r\nLPSV\r\nwhat\r\n")
+	fl.Client.Expect("502 LPSV refused by the gateway: use PORT, EPRT, PASV or EPSV.\r\n")
+	fl.Server.Expect("NOOP\r\nwhat\r\n")
 }
 
 func TestManyOutstanding(t *testing.T) {
