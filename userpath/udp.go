@@ -129,7 +129,10 @@ type UDP struct {
 	replies map[netip.AddrPort]*udpReply
 	peers   map[netip.AddrPort]int // flows of each initiator socket
 
-	ending sync.WaitGroup // flows whose filters still return
+	// tasks are the goroutines of flows that data filters hold; calm is told
+	// when there are none left.
+	tasks int
+	calm  *sync.Cond
 }
 
 // NewUDP opens the listeners, so that Port is known and nothing is lost
@@ -146,6 +149,7 @@ func NewUDP(c UDPConfig) (*UDP, error) {
 		replies: make(map[netip.AddrPort]*udpReply),
 		peers:   make(map[netip.AddrPort]int),
 	}
+	u.calm = sync.NewCond(&u.mu)
 	u.outs.New = func() any { return newUDPOut(u) }
 	u.asks = newUDPAsks(u)
 	if err := u.open(); err != nil {
@@ -210,16 +214,42 @@ func (u *UDP) Run(ctx context.Context) error {
 	for _, p := range u.pollers {
 		task(p.run)
 	}
+	for _, r := range u.icmp.readers {
+		task(r.run)
+	}
 	task(func() error { u.sweep(ctx); return nil })
 	task(func() error { u.asks.run(ctx); return nil })
 	<-ctx.Done()
 	u.closeAll()
 	tasks.Wait()
-	u.ending.Wait()
+	u.wait()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) {
 		return fmt.Errorf("carry UDP: %w", err)
 	}
 	return nil
+}
+
+// background runs a task of a flow, which wait waits for.
+func (u *UDP) background(task func()) {
+	u.mu.Lock()
+	u.tasks++
+	u.mu.Unlock()
+	go func() {
+		task()
+		u.mu.Lock()
+		defer u.mu.Unlock()
+		if u.tasks--; u.tasks == 0 {
+			u.calm.Broadcast()
+		}
+	}()
+}
+
+func (u *UDP) wait() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for u.tasks > 0 {
+		u.calm.Wait()
+	}
 }
 
 // closeAll ends every flow and closes every socket. It may be repeated.
@@ -260,7 +290,7 @@ func (u *UDP) closeAll() {
 // now is nanoseconds since the start, never 0.
 func (u *UDP) now() int64 { return int64(time.Since(u.start)) + 1 }
 
-// sweepInterval is how soon a killed flow's sockets are closed; its datagrams
+// udpSweepInterval is how soon a killed flow's sockets are closed; its datagrams
 // stop at once.
 const udpSweepInterval = 100 * time.Millisecond
 

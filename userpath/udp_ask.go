@@ -18,6 +18,8 @@ const (
 	udpHeld = 16
 	// udpRefusal is how long a refused tuple is not asked about again.
 	udpRefusal = time.Second
+	// udpAskLimit is the deadline of one answer.
+	udpAskLimit = 5 * time.Second
 )
 
 // udpAsks asks again about flows that conntrack remembers and the pump does
@@ -125,6 +127,8 @@ func (a *udpAsks) answer(ctx context.Context, key udpKey) {
 	tuple := flow.Tuple{Proto: flow.UDP, Src: key.src, Dst: key.dst}
 	path := flow.User
 	if a.u.find(key) == nil {
+		ctx, cancel := context.WithTimeout(ctx, udpAskLimit)
+		defer cancel()
 		path = a.decide(ctx, flow.Packet{Tuple: tuple, Mark: a.u.marks.Value(flow.User)})
 	}
 	f := a.u.find(key)

@@ -26,7 +26,8 @@ type udpMmsg struct {
 	n   uint32
 }
 
-// udpSockaddr is an address as the kernel reads it, made once per flow.
+// udpSockaddr is an address as the kernel reads it, made once per flow. The
+// zero value is none.
 type udpSockaddr struct {
 	raw unix.RawSockaddrInet6 // large enough for both families
 	len uint32
@@ -169,8 +170,10 @@ func (o *udpOut) add(f *udpFlow, dir udpDirection, data []byte) {
 	}
 	o.sock, o.dir = sock, dir
 	m := &o.msgs[o.n].hdr
-	m.Name = (*byte)(unsafe.Pointer(&to.raw))
 	m.Namelen = to.len
+	if to.len > 0 {
+		m.Name = (*byte)(unsafe.Pointer(&to.raw))
+	}
 	// An empty datagram is a datagram too, and has no first byte to point at.
 	o.iov[o.n].Base = unsafe.SliceData(data)
 	o.iov[o.n].SetLen(len(data))

@@ -93,7 +93,7 @@ func (c *udpChain) start() {
 		c.done.Go(func() { c.run(i) })
 	}
 	// A kill ends the flow at once, not with the next sweep.
-	c.u.ending.Go(func() {
+	c.u.background(func() {
 		select {
 		case <-c.f.kill:
 			c.u.end(c.f, flow.CutByPolicy, "")

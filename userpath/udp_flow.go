@@ -139,7 +139,7 @@ func (u *UDP) end(f *udpFlow, result flow.Result, reason string) {
 		f.control.Ended(f.counts(), result, reason)
 		return
 	}
-	u.ending.Go(func() {
+	u.background(func() {
 		f.filters.wait()
 		u.letGo(f)
 		f.control.Ended(f.counts(), result, reason)

@@ -76,9 +76,10 @@ const (
 	udpICMPBurst = 200
 )
 
-// udpICMP sends ICMP errors.
+// udpICMP sends ICMP errors, and hears those of the initiators' side.
 type udpICMP struct {
 	four, six *udpSocket // six may be nil
+	readers   []*udpICMPReader
 
 	mu     sync.Mutex
 	tokens float64
@@ -97,6 +98,14 @@ func newUDPICMP(u *UDP) (*udpICMP, error) {
 			i.close()
 			return nil, err
 		}
+	}
+	for _, l := range u.listeners {
+		r, err := newUDPICMPReader(u, l.sock.local.Addr().Is6())
+		if err != nil {
+			i.close()
+			return nil, err
+		}
+		i.readers = append(i.readers, r)
 	}
 	return i, nil
 }
@@ -120,6 +129,9 @@ func (i *udpICMP) close() {
 		if s != nil {
 			s.close()
 		}
+	}
+	for _, r := range i.readers {
+		r.sock.close()
 	}
 }
 

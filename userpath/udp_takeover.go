@@ -84,7 +84,10 @@ func (u *UDP) prepare(q udpRequest, key udpKey) (*udpFlow, error) {
 		return nil, err
 	}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
-	f.toTarget, f.toInitiator = udpEncode(q.dial.Target), udpEncode(key.src)
+	f.toInitiator = udpEncode(key.src)
+	if !pumpKey.only.IsValid() { // a connected socket knows it
+		f.toTarget = udpEncode(q.dial.Target)
+	}
 	f.last.Store(u.now())
 	err = f.pump.open()
 	if err == nil {
