@@ -2,7 +2,6 @@ package ftp
 
 import (
 	"errors"
-	"fmt"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -226,61 +225,6 @@ func TestReadOnly(t *testing.T) {
 	}
 }
 
-func TestAuthRefused(t *testing.T) {
-	g, fl := setup(t, "")
-	for _, line := range []string{"AUTH TLS", "AUTH SSL", "auth tls-c", "AUTH GSSAPI", "AUTH"} {
-		fl.Client.Exchange(line+"\r\n", "534 AUTH refused by the gateway's rules: encrypted control connections are not allowed.\r\n")
-	}
-	nothingPassed(t, g)
-}
-
-func TestAuthPassed(t *testing.T) {
-	for _, noInterrupt := range []bool{false, true} {
-		g := filtertest.New(t, New(), "auth_tls: pass")
-		g.NoInterrupt = noInterrupt
-		fl := talk(t, g)
-		// What follows AUTH is not read as a command before the reply.
-		hidden := "\x16\x03\x01 STOR PORT 10,0,0,2,0,22\r\n"
-		fl.Client.Send("AUTH TLS\r\n" + hidden)
-		fl.Server.Expect("AUTH TLS\r\n")
-		fl.Server.Send("234 go\r\n\x16\x03\x03")
-		fl.Client.Expect("234 go\r\n\x16\x03\x03")
-		fl.Server.Expect(hidden)
-		// Nobody waits in Recv at this moment, so the flow can be given back
-		// whatever the sockets can do.
-		if err := fl.Wait(); !errors.Is(err, filterapi.ErrReleased) {
-			t.Fatalf("Pump: %v, want ErrReleased", err)
-		}
-		fl.Client.Send("\x17\x00")
-		fl.Server.Expect("\x17\x00")
-		fl.Server.Send("\x17\x01")
-		fl.Client.Expect("\x17\x01")
-		permissions(t, g)
-	}
-}
-
-func TestAuthDeclinedByServer(t *testing.T) {
-	g, fl := setup(t, "auth_tls: pass")
-	fl.Client.Send("AUTH TLS\r\n" + portIn)
-	fl.Server.Expect("AUTH TLS\r\n")
-	permissions(t, g)
-	fl.Server.Send("504 no\r\n")
-	fl.Client.Expect("504 no\r\n")
-	fl.Server.Expect(portOut)
-	fl.Server.Send("200 ok\r\n")
-	fl.Client.Expect("200 ok\r\n")
-	permissions(t, g, reserved, armed)
-	// GSSAPI takes two commands.
-	ask(fl, "AUTH GSSAPI\r\n", "334 more\r\n")
-	ask(fl, "ADAT YWJj\r\n", "235 done\r\n")
-	if err := fl.Wait(); !errors.Is(err, filterapi.ErrReleased) {
-		t.Errorf("Pump: %v, want ErrReleased", err)
-	}
-	if open := g.Open(); len(open) > 0 {
-		t.Errorf("open after the release: %v", open)
-	}
-}
-
 func TestAbort(t *testing.T) {
 	// With urgent data in the stream, without, and by clients that make IAC
 	// the urgent byte.
@@ -310,109 +254,6 @@ func TestReinitialise(t *testing.T) {
 	ask(fl, "USER x\r\n", "331 password\r\n")
 	if open := g.Open(); len(open) > 0 {
 		t.Errorf("open after REIN: %v", open)
-	}
-}
-
-func TestMalformedClient(t *testing.T) {
-	for _, line := range []string{
-		"FOO\r\n", "NOOP\x00\r\n", "CWD \x80\r\n", "CWD \xc2\x85\r\n", "CWD a\rPORT 1\r\n", " NOOP\r\n", "NOOP\tx\r\n",
-		"1NOOP\r\n", "ABCDEFGHIJK", "CWD \xff\xfb\x01\r\n", "CWD \xff\r\n", "\xff\xf4NOOP\r\n", strings.Repeat("\xff", 9),
-		"CWD " + strings.Repeat("a", maxLine), "X\r\n", "@\r\n", "\x80", "\x1b[A", "CWD \x7f\r\n",
-	} {
-		g, fl := setup(t, "")
-		ask(fl, "EPSV\r\n", "229 (|||5001|)\r\n")
-		for i := range len(line) {
-			if fl.Client.Offer(line[i:i+1]) != nil {
-				break
-			}
-		}
-		fl.Server.ExpectReset()
-		if err := fl.Wait(); !errors.Is(err, errNotFTP) {
-			t.Errorf("%.20q: %v", line, err)
-		}
-		if open := g.Open(); len(open) > 0 || g.Sent(filtertest.ToServer) != "EPSV\r\n" {
-			t.Errorf("%.20q: open %v, sent %q", line, open, g.Sent(filtertest.ToServer))
-		}
-	}
-}
-
-func TestMalformedServer(t *testing.T) {
-	for _, line := range []string{
-		"HTTP/1.1 200 OK\r\n", "SSH-2.0-x\r\n", "\x16\x03\x01", "+OK\r\n", "600 x\r\n", "20 x\r\n", "2000 x\r\n", "\r\n", "22\r\n",
-		"220 \x00\r\n", "220-a\r\n\x00", "220_a\r\n", "220 " + strings.Repeat("a", maxLine),
-	} {
-		_, fl := setup(t, "")
-		fl.Server.Send(line)
-		fl.Client.ExpectReset()
-		if err := fl.Wait(); !errors.Is(err, errNotFTP) {
-			t.Errorf("%.20q: %v", line, err)
-		}
-	}
-	_, fl := setup(t, "")
-	fl.Client.Send("EPSV\r\n")
-	fl.Server.Expect("EPSV\r\n")
-	for range 5 {
-		fl.Server.Send("229-" + strings.Repeat("a", 4000) + "\r\n")
-	}
-	fl.Client.ExpectReset()
-}
-
-func TestMalformedPassed(t *testing.T) {
-	const raw = "\xff\xf4 what\r\n" // held until it is known to be no command
-	for _, side := range []string{"client", "server"} {
-		g, fl := setup(t, "malformed: pass")
-		ask(fl, "EPSV\r\n", "229 (|||5001|)\r\n")
-		fl.Client.Send("NO") // half a command
-		if side == "client" {
-			fl.Client.Send("OP" + raw)
-			fl.Server.Expect("NOOP" + raw)
-		} else {
-			fl.Server.Send("2", "2x")
-			fl.Client.Expect("22x")
-			fl.Server.Expect("NO")
-		}
-		if err := fl.Wait(); !errors.Is(err, filterapi.ErrReleased) {
-			t.Errorf("%s: Pump: %v, want ErrReleased", side, err)
-		}
-		fl.Client.Send("PASV\r\n")
-		fl.Server.Expect("PASV\r\n")
-		fl.Server.Send("227 (203,0,113,10,19,137)\r\n")
-		fl.Client.Expect("227 (203,0,113,10,19,137)\r\n")
-		permissions(t, g, "allowed tcp 10.0.0.2 > 203.0.113.10:5001", "cancelled tcp 10.0.0.2 > 203.0.113.10:5001")
-	}
-}
-
-// A socket whose Recv cannot be called back keeps the filter as a plain pump.
-func TestMalformedPassedWithoutInterrupt(t *testing.T) {
-	g := filtertest.New(t, New(), "malformed: pass")
-	g.NoInterrupt = true
-	fl := talk(t, g)
-	for i := range 3 {
-		text := fmt.Sprintf("anything %d\x00", i)
-		fl.Client.Send(text)
-		fl.Server.Expect(text)
-		fl.Server.Send(text)
-		fl.Client.Expect(text)
-	}
-	fl.Client.CloseWrite()
-	fl.Server.ExpectEOF()
-	fl.Server.CloseWrite()
-	fl.Client.ExpectEOF()
-	if err := fl.Wait(); err != nil {
-		t.Error(err)
-	}
-}
-
-func TestMalformedPassedAtTheEndOfAStream(t *testing.T) {
-	_, fl := setup(t, "malformed: pass")
-	fl.Server.CloseWrite()
-	fl.Client.ExpectEOF()
-	fl.Client.Send("what is this\r\n", "more")
-	fl.Server.Expect("what is this\r\nmore")
-	fl.Client.CloseWrite()
-	fl.Server.ExpectEOF()
-	if err := fl.Wait(); err != nil {
-		t.Error(err)
 	}
 }
 
@@ -477,47 +318,6 @@ func TestBackPressure(t *testing.T) {
 	})
 }
 
-// Filtering ends while the kernel is being asked: what it grants afterwards is
-// void at once.
-func TestReleasedWhileTheKernelIsAsked(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		g, fl := setup(t, "malformed: pass")
-		release := g.HoldKernel()
-		fl.Client.Send("PASV\r\n")
-		fl.Server.Expect("PASV\r\n")
-		fl.Server.Send("227 (192,168,1,1,19,137)\r\n")
-		synctest.Wait()
-		fl.Client.Send("what\r\n")
-		fl.Server.Expect("what\r\n")
-		fl.Client.Expect("227 (192,168,1,1,19,137)\r\n")
-		release()
-		synctest.Wait()
-		permissions(t, g, "allowed tcp 10.0.0.2 > 203.0.113.10:5001", "cancelled tcp 10.0.0.2 > 203.0.113.10:5001")
-
-		g, fl = setup(t, "malformed: pass")
-		release = g.HoldKernel()
-		fl.Client.Send(portIn)
-		synctest.Wait()
-		fl.Server.Send("what\r\n")
-		fl.Client.Expect("what\r\n")
-		release()
-		fl.Server.Expect(portIn) // as it came, and nothing behind it
-		synctest.Wait()
-		if got := fl.Server.Waiting(); got != "" || len(g.Open()) > 0 {
-			t.Errorf("the server has %q, open %v", got, g.Open())
-		}
-	})
-}
-
-// Answers of the gateway's that waited for their turn are not lost when
-// filtering ends.
-func TestReleasedWithAnswersWaiting(t *testing.T) {
-	_, fl := setup(t, "malformed: pass")
-	fl.Client.Send("NOOP\r\nLPSV\r\nwhat\r\n")
-	fl.Client.Expect("502 LPSV refused by the gateway: use PORT, EPRT, PASV or EPSV.\r\n")
-	fl.Server.Expect("NOOP\r\nwhat\r\n")
-}
-
 func TestManyOutstanding(t *testing.T) {
 	_, fl := setup(t, "")
 	const n = 4 * maxOutstanding
@@ -545,19 +345,6 @@ func TestServerGoesWithRepliesOutstanding(t *testing.T) {
 	fl.Server.CloseWrite()
 	fl.Client.ExpectEOF()
 	fl.Server.Expect(strings.Repeat("NOOP\r\n", 2*maxOutstanding))
-	fl.Client.CloseWrite()
-	fl.Server.ExpectEOF()
-	if err := fl.Wait(); err != nil {
-		t.Error(err)
-	}
-}
-
-func TestServerGoesBeforeAuth(t *testing.T) {
-	_, fl := setup(t, "auth_tls: pass")
-	fl.Server.CloseWrite()
-	fl.Client.ExpectEOF()
-	fl.Client.Send("AUTH TLS\r\nNOOP\r\n")
-	fl.Server.Expect("AUTH TLS\r\nNOOP\r\n")
 	fl.Client.CloseWrite()
 	fl.Server.ExpectEOF()
 	if err := fl.Wait(); err != nil {

@@ -165,11 +165,11 @@ func FuzzControl(f *testing.F) {
 	})
 }
 
-// judge is the oracle. It reads the streams in the plainest way: an address
-// that opened must stand in a whole line of the stream that may name it.
-func judge(t *testing.T, g *filtertest.Gateway, client, server, rule string) {
-	asked, answered := 0, 0
-	proposed, said := map[string]bool{}, map[string]bool{}
+// read finds, in the plainest way, what the streams name in whole lines: how
+// often the client asked for a passive port and the server answered anything,
+// the addresses that the client proposed and the ports that the server said.
+func read(client, server string) (asked, answered int, proposed, said map[string]bool) {
+	proposed, said = map[string]bool{}, map[string]bool{}
 	for line := range strings.Lines(client) {
 		up := strings.ToUpper(strings.TrimRight(line, "\r\n"))
 		switch {
@@ -201,6 +201,12 @@ func judge(t *testing.T, g *filtertest.Gateway, client, server, rule string) {
 			}
 		}
 	}
+	return asked, answered, proposed, said
+}
+
+// judge is the oracle: what opened must stand in the stream that may name it.
+func judge(t *testing.T, g *filtertest.Gateway, client, server, rule string) {
+	asked, answered, proposed, said := read(client, server)
 	for _, e := range g.Journal() {
 		switch e.What {
 		case filtertest.Allowed:
