@@ -143,3 +143,16 @@ func (e *Engine) record(end flow.End, a about) {
 	}
 	ce.Write(f...)
 }
+
+// Resync ends the kernel flows that are no more, after conntrack's events were
+// lost. alive are the flows of a dump that began at the time since.
+func (e *Engine) Resync(alive map[flow.Tuple]bool, since time.Time) {
+	for _, c := range e.flows.all() {
+		c.mu.Lock()
+		kernel := c.path == flow.Kernel
+		c.mu.Unlock()
+		if kernel && c.start.Before(since) && !alive[c.tuple] {
+			e.over(c, flow.End{Tuple: c.tuple, Path: flow.Kernel, Start: c.start, Result: flow.Closed, Reason: "conntrack's report was lost"})
+		}
+	}
+}

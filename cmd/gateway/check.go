@@ -1,0 +1,41 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sluicegw/sluice/config"
+)
+
+// checkedPort stands for the port of the transparent listeners, which a
+// running gateway gets from the kernel, in the text that `check` prints.
+const checkedPort = 1
+
+func checkCommand() *cobra.Command {
+	var quiet, flowtable bool
+	c := &cobra.Command{
+		Use:   "check FILE",
+		Short: "check a configuration and print the ruleset that it makes; needs no privileges",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			cfg, err := config.Load(args[0], parsers(builtin()))
+			if err != nil {
+				return err
+			}
+			r, err := buildRuleset(cfg, cfg.Policy, kernelFacts{
+				native: cfg.Queue.Form != config.QueueXT, flowtable: flowtable, tproxyPort: checkedPort,
+			})
+			if err != nil {
+				return fmt.Errorf("%s: %w", args[0], err)
+			}
+			if !quiet {
+				fmt.Print(r.String())
+			}
+			return nil
+		},
+	}
+	c.Flags().BoolVarP(&quiet, "quiet", "q", false, "print nothing if the file is good")
+	c.Flags().BoolVar(&flowtable, "flowtable", false, "print it as on a kernel that has flowtables")
+	return c
+}

@@ -1,0 +1,11 @@
+//go:build probe
+
+package main
+
+import (
+	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/filters/probe"
+)
+
+// extra adds the filter that the black-box tests drive.
+func extra() []filterapi.Filter { return []filterapi.Filter{probe.New()} }
