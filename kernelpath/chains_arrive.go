@@ -1,0 +1,213 @@
+package kernelpath
+
+import (
+	"github.com/google/nftables"
+
+	"github.com/sluicegw/sluice/flow"
+)
+
+// Where the base chains stand. arrive comes after conntrack (-200); a packet
+// that the queue gives back goes on with steer, the next base chain of the
+// hook. Both come before destination NAT (-100).
+const (
+	priorityRaw    = -300
+	priorityArrive = -155
+	prioritySteer  = -150
+	priorityDstNAT = -100
+	priorityFilter = 0
+	prioritySrcNAT = 100
+)
+
+// Names of the permission sets of a family; see permissions.go for what goes
+// where. Their keys are source . destination . protocol . port, with "any"
+// and "token" without the source.
+func setOnce(f family) string      { return "once" + f.suffix }
+func setPermit(f family) string    { return "permit" + f.suffix }
+func setOnceAny(f family) string   { return "once_any" + f.suffix }
+func setPermitAny(f family) string { return "permit_any" + f.suffix }
+func setToken(f family) string     { return "token" + f.suffix }
+
+const mapBind = "bind4"
+
+// permissionSets are the sets that move while traffic flows.
+func (b *builder) permissionSets() {
+	verdicts := []nftables.SetDatatype{nftables.TypeVerdict}
+	for _, f := range []family{ipv4, ipv6} {
+		for _, s := range []*set{
+			{name: setOnce(f), key: fieldTypes(f.tuple()), dynamic: true, size: anySize},
+			{name: setPermit(f), key: fieldTypes(f.tuple()), data: verdicts},
+			{name: setOnceAny(f), key: fieldTypes(f.socket()), dynamic: true, size: anySize},
+			{name: setPermitAny(f), key: fieldTypes(f.socket()), data: verdicts},
+			{name: setToken(f), key: fieldTypes(f.socket()), dynamic: true, size: anySize},
+		} {
+			s.lasting, s.timeout = true, true
+			b.set(s)
+		}
+	}
+	b.set(&set{
+		name: mapBind, key: fieldTypes(ipv4.socket()), lasting: true, timeout: true,
+		data: []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeInetService},
+	})
+}
+
+// arrive sees every packet first. A packet of a known flow leaves it with the
+// first rule; a first packet finds a permission or the table of its two zones.
+//
+//	ct mark and MASK vmap { K : accept, U : accept, O : accept, each with the cut bit : goto cut }
+//	ct state established,related,untracked accept
+//	iif "lo" accept
+//	jump reverse_path
+//	ct state != new accept
+//	meta l4proto tcp tcp flags & (fin|syn|rst|ack) != syn goto not_syn
+//	meta l4proto { tcp, udp } jump permit
+//	fib daddr type { local, broadcast, anycast, multicast } accept
+//	iifname vmap @zones
+//	goto from_0
+//
+// Packets without a mark that are accepted here die in forward, unless they
+// are for the gateway itself.
+func (b *builder) arrive() error {
+	a := b.base("arrive", prerouting(priorityArrive))
+	var branches []branch
+	for _, p := range []flow.Path{flow.Kernel, flow.User, flow.Own} {
+		branches = append(branches, branch{[]value{markValue(b.mark(p))}, accept()})
+	}
+	for _, p := range []flow.Path{flow.Kernel, flow.User, flow.Own} {
+		branches = append(branches, branch{[]value{markValue(b.mark(p) | b.Marks.Cut())}, goTo(chainCut)})
+	}
+	a.add(switchMark(fieldCtMark, b.Marks.Mask(), branches))
+	a.add(ctStates(stateEstablished, stateRelated, stateUntracked), accept())
+	a.add(is(fieldIIf, host32(`"lo"`, 1)), accept())
+	if b.ReversePath != ReversePathOff {
+		a.add(jump(chainReversePath))
+	}
+	a.add(isNot(fieldCtState, stateNew), accept())
+	a.add(is(fieldL4Proto, protoValue(flow.TCP)), notOpening(), goTo(chainNotSyn))
+	a.add(tcpOrUDP(), jump(chainPermit))
+	a.add(toGateway(), accept())
+	if len(b.in.Compiled.Zones) > 1 {
+		a.add(vmap(mapZones, fieldIIfName))
+	}
+	a.add(goTo(zoneChain(0)))
+
+	b.reversePath()
+	n := b.chain(chainNotSyn)
+	n.add(toGateway(), accept())
+	n.add(count(counterNotSyn), drop())
+	b.permit()
+	b.answers()
+	return nil
+}
+
+func tcpOrUDP() stmt { return oneOf(fieldL4Proto, protoValue(flow.TCP), protoValue(flow.UDP)) }
+
+// toGateway matches what the gateway itself receives (linux/rtnetlink.h,
+// RTN_*).
+func toGateway() stmt {
+	return oneOf(fieldDaddrType, typeLocal, host32("broadcast", 3), host32("anycast", 4), host32("multicast", 5))
+}
+
+var typeLocal = host32("local", 2)
+
+// reversePath drops spoofed sources. A host that has no address yet asks with
+// the unspecified one (RFC 2131, RFC 4862).
+//
+//	meta nfproto ipv4 ip saddr 0.0.0.0 return
+//	meta nfproto ipv6 ip6 saddr :: return
+//	fib saddr . iif oif missing counter name "spoofed" drop
+func (b *builder) reversePath() {
+	if b.ReversePath == ReversePathOff {
+		return
+	}
+	c := b.chain(chainReversePath)
+	for _, f := range []family{ipv4, ipv6} {
+		c.add(is(fieldNFProto, f.nfproto), is(f.saddr, f.unspecified), leave())
+	}
+	c.add(noRoute(b.ReversePath == ReversePathStrict), count(counterSpoofed), drop())
+}
+
+// permit looks for a permission.
+//
+//	meta nfproto ipv6 goto permit6
+//	meta nfproto ipv4 ip saddr . ip daddr . meta l4proto . th dport @once4 goto use_once4
+//	meta nfproto ipv4 ip saddr . ip daddr . meta l4proto . th dport vmap @permit4
+//	meta nfproto ipv4 ip daddr . meta l4proto . th dport @once_any4 goto use_once_any4
+//	meta nfproto ipv4 ip daddr . meta l4proto . th dport vmap @permit_any4
+//
+// A single-use element goes with the packet that matched it; packets that
+// follow pass by the mark of the flow.
+func (b *builder) permit() {
+	six := chainPermit + ipv6.suffix
+	c := b.chain(chainPermit)
+	c.add(is(fieldNFProto, ipv6.nfproto), goTo(six))
+	lookPermissionsUp(c, ipv4)
+	lookPermissionsUp(b.chain(six), ipv6)
+
+	for _, f := range []family{ipv4, ipv6} {
+		only := is(fieldNFProto, f.nfproto)
+		for _, once := range []struct {
+			set string
+			key []field
+		}{{setOnce(f), f.tuple()}, {setOnceAny(f), f.socket()}, {setToken(f), f.socket()}} {
+			u := b.chain("use_" + once.set)
+			u.add(only, remove(once.set, once.key...))
+			u.add(goTo(chainUse))
+		}
+	}
+	listed := b.chain(chainListed)
+	for _, f := range []family{ipv4, ipv6} {
+		listed.add(is(fieldNFProto, f.nfproto), in(setToken(f), f.socket()...), goTo("use_"+setToken(f)))
+	}
+	u := b.chain(chainUse)
+	u.add(count(counterPermitted), report(b.LogGroup, "use"))
+	u.add(goTo(chainCarryFirst))
+}
+
+func lookPermissionsUp(c *chain, f family) {
+	only := is(fieldNFProto, f.nfproto)
+	c.add(only, in(setOnce(f), f.tuple()...), goTo("use_"+setOnce(f)))
+	c.add(only, vmap(setPermit(f), f.tuple()...))
+	c.add(only, in(setOnceAny(f), f.socket()...), goTo("use_"+setOnceAny(f)))
+	c.add(only, vmap(setPermitAny(f), f.socket()...))
+}
+
+// answers are what a first packet may get.
+func (b *builder) answers() {
+	ask := b.chain(chainAsk)
+	ask.add(count(counterQueued))
+	ask.add(enqueue(b.Native, b.FirstClosed, b.NumClosed, false))
+
+	// A packet that nobody queued leaves arrive at once and meets steer: it
+	// must carry its path already.
+	open := b.chain(chainAskOpen)
+	open.add(count(counterQueued), b.putPath(fieldMetaMark, flow.Kernel))
+	open.add(enqueue(b.Native, b.FirstOpen, b.NumOpen, true))
+
+	c := b.chain(chainCarryFirst)
+	c.add(b.putPath(fieldCtMark, flow.Kernel), accept())
+
+	r := b.chain(chainRefuse)
+	r.add(atMost(logRate, logBurst), report(b.LogGroup, "deny"))
+	r.add(count(counterRefused))
+	refuseWith(r)
+
+	d := b.chain(chainDiscard)
+	d.add(atMost(logRate, logBurst), report(b.LogGroup, "deny"))
+	d.add(count(counterDiscarded), drop())
+
+	k := b.chain(chainCut)
+	k.add(count(counterCut))
+	k.add(is(fieldL4Proto, protoValue(flow.TCP)), reset())
+	k.add(drop())
+}
+
+// Denials that reach the log: a second, and at once.
+const (
+	logRate  = 10
+	logBurst = 20
+)
+
+func refuseWith(c *chain) {
+	c.add(is(fieldL4Proto, protoValue(flow.TCP)), reset())
+	c.add(unreachable(adminProhibited))
+}

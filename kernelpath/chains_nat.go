@@ -1,0 +1,207 @@
+package kernelpath
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
+	"github.com/sluicegw/sluice/policy"
+)
+
+// network finds a network by name, with its number, which its sets are named
+// after. The built-in policy.Any has neither interfaces nor prefixes.
+func (b *builder) network(name string) (policy.Network, int) {
+	for i, n := range b.in.Networks {
+		if n.Name == name {
+			return n, i
+		}
+	}
+	return policy.Network{Name: name}, -1
+}
+
+// networkSets are the interfaces and IPv4 prefixes of the networks that
+// network rules name. (Only IPv4 is translated.)
+func (b *builder) networkSets() error {
+	used := map[string]bool{}
+	for _, r := range b.in.NetworkRules {
+		for _, name := range []string{r.From, r.To} {
+			_, at := b.network(name)
+			if at < 0 && name != policy.Any && name != policy.Gateway {
+				return fmt.Errorf("network rule %q: network %q is not defined", r.Name, name)
+			}
+			if at >= 0 {
+				used[name] = true
+			}
+		}
+		if r.Address.IsValid() && (r.Relation != policy.NAT || !r.Address.Is4()) {
+			return fmt.Errorf("network rule %q: address %s can hide nothing", r.Name, r.Address)
+		}
+	}
+	for i, n := range b.in.Networks {
+		if !used[n.Name] {
+			continue
+		}
+		for _, name := range n.Interfaces {
+			if err := checkInterface(name); err != nil {
+				return fmt.Errorf("network %q: %w", n.Name, err)
+			}
+		}
+		if len(n.Interfaces) > 0 {
+			b.set(interfaceSet(networkInterfaces(i), n.Name, n.Interfaces))
+		}
+		if s := prefixSet(networkPrefixes(i), n.Name, n.Prefixes); len(s.elems) > 0 {
+			b.set(s)
+		}
+	}
+	return nil
+}
+
+func networkInterfaces(i int) string { return fmt.Sprintf("net%d_if", i) }
+func networkPrefixes(i int) string   { return fmt.Sprintf("net%d_addr4", i) }
+
+func interfaceSet(name, comment string, ifaces []string) *set {
+	s := &set{name: name, comment: plainComment(comment), key: []nftables.SetDatatype{nftables.TypeIFName}}
+	for _, i := range slices.Compact(slices.Sorted(slices.Values(ifaces))) {
+		v := ifNameValue(i)
+		s.elems = append(s.elems, element{text: v.text, key: v.raw})
+	}
+	return s
+}
+
+// plainComment keeps a comment that nft can hold and quote; else none.
+func plainComment(s string) string {
+	if len(s) > 100 || strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' || r == '"' || r == '\\' }) {
+		return ""
+	}
+	return s
+}
+
+// prefixSet holds IPv4 prefixes. A prefix inside another one is left out: an
+// interval set refuses what overlaps.
+func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
+	s := &set{name: name, comment: plainComment(comment), key: []nftables.SetDatatype{nftables.TypeIPAddr}, interval: true}
+	var four []netip.Prefix
+	for _, p := range prefixes {
+		if p.Addr().Is4() {
+			four = append(four, p.Masked())
+		}
+	}
+	slices.SortFunc(four, func(x, y netip.Prefix) int {
+		if c := x.Addr().Compare(y.Addr()); c != 0 {
+			return c
+		}
+		return x.Bits() - y.Bits()
+	})
+	var last netip.Prefix
+	for _, p := range four {
+		if last.IsValid() && last.Overlaps(p) {
+			continue
+		}
+		last = p
+		e := element{text: p.String(), key: p.Addr().AsSlice()}
+		if after := lastAddr(p).Next(); after.IsValid() {
+			e.end = after.AsSlice()
+		}
+		s.elems = append(s.elems, e)
+	}
+	return s
+}
+
+// translate is the address translation of kernel flows. The first packet of a
+// flow walks through it, conntrack does the rest.
+//
+//	chain dstnat {
+//		ct mark and PATH == K meta nfproto ipv4 meta l4proto { tcp, udp } dnat ip to ip daddr . meta l4proto . th dport map @bind4
+//	}
+//	chain srcnat {
+//		ct mark and PATH != K accept
+//		meta nfproto ipv6 accept
+//		ct status dnat ... (from a hidden network to itself) snat ip to ct original ip daddr
+//		... (per network rule) snat, masquerade or accept
+//	}
+func (b *builder) translate() error {
+	d := b.base("dstnat", hook{nftables.ChainTypeNAT, "prerouting", nftables.ChainHook(unix.NF_INET_PRE_ROUTING), priorityDstNAT, nftables.ChainPolicyAccept})
+	d.add(b.hasPath(fieldCtMark, flow.Kernel), is(fieldNFProto, ipv4.nfproto), tcpOrUDP(), translateTo(mapBind))
+
+	s := b.base("srcnat", hook{nftables.ChainTypeNAT, "postrouting", nftables.ChainHook(unix.NF_INET_POST_ROUTING), prioritySrcNAT, nftables.ChainPolicyAccept})
+	s.add(maskedNot(fieldCtMark, b.Marks.PathMask(), b.mark(flow.Kernel)), accept())
+	s.add(is(fieldNFProto, ipv6.nfproto), accept())
+	for _, r := range b.in.NetworkRules {
+		if r.Relation == policy.NAT && r.From != policy.Any {
+			b.hairpin(s, r)
+		}
+	}
+	for _, r := range b.in.NetworkRules {
+		there, ok := b.between(r.From, r.To)
+		if !ok {
+			continue
+		}
+		switch r.Relation {
+		case policy.Route:
+			s.add(append(there, accept())...)
+			if back, ok := b.between(r.To, r.From); ok {
+				s.add(append(back, accept())...)
+			}
+		case policy.NAT:
+			b.hide(s, there, func(ports nat.Range) stmt {
+				if r.Address.IsValid() {
+					return hideBehind(r.Address, ports)
+				}
+				return masquerade(ports)
+			})
+		default:
+			return fmt.Errorf("network rule %q: relation %d is unknown", r.Name, r.Relation)
+		}
+	}
+	return nil
+}
+
+// hairpin is for a host of a hidden network that reaches another one of it by
+// its external address: it must show an external address as well, or the
+// answer would not come back this way (RFC 4787, REQ-9).
+func (b *builder) hairpin(s *chain, r policy.NetworkRule) {
+	if inside, ok := b.between(r.From, r.From); ok {
+		b.hide(s, append(rule{ctTranslated()}, inside...), hideBehindAsked)
+	}
+}
+
+// hide translates TCP and UDP into the kernel's port range, and everything
+// else without one.
+func (b *builder) hide(s *chain, match rule, with func(nat.Range) stmt) {
+	if ports := b.Ranges.Kernel; ports != (nat.Range{}) {
+		s.add(append(slices.Clone(match), tcpOrUDP(), with(ports))...)
+	}
+	s.add(append(slices.Clone(match), with(nat.Range{}))...)
+}
+
+// between matches an IPv4 packet that goes from one network to another. Not
+// ok: there are none.
+func (b *builder) between(from, to string) (rule, bool) {
+	r := rule{is(fieldNFProto, ipv4.nfproto)}
+	for _, side := range []struct {
+		name        string
+		iface, addr field
+	}{{from, fieldIIfName, fieldSaddr4}, {to, fieldOIfName, fieldDaddr4}} {
+		if side.name == policy.Gateway {
+			return nil, false
+		}
+		n, at := b.network(side.name)
+		if len(n.Interfaces) > 0 {
+			r = append(r, in(networkInterfaces(at), side.iface))
+		}
+		if len(n.Prefixes) == 0 {
+			continue
+		}
+		if !slices.ContainsFunc(n.Prefixes, func(p netip.Prefix) bool { return p.Addr().Is4() }) {
+			return nil, false
+		}
+		r = append(r, in(networkPrefixes(at), side.addr))
+	}
+	return r, true
+}

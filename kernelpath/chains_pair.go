@@ -1,0 +1,316 @@
+package kernelpath
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/policy"
+)
+
+// mapZones leads from the interface a packet came from to the chain of its
+// zone.
+const mapZones = "zones"
+
+func zoneChain(id int) string { return fmt.Sprintf("from_%d", id) }
+
+func pairChain(in, out int) string { return fmt.Sprintf("pair_%d_%d", in, out) }
+
+// pairs leads a first packet to the table of its two zones: the interface it
+// came from, and the one that its route leaves by. Zone 0 is what no name
+// matches.
+//
+//	chain from_1 {
+//		fib daddr . mark oifname vmap { "wan0" : goto pair_1_2, "lan0" : goto discard }
+//		goto pair_1_0
+//	}
+func (b *builder) pairs() error {
+	c := b.in.Compiled
+	if err := checkZones(c.Zones); err != nil {
+		return err
+	}
+	tables := map[[2]int]policy.Table{}
+	for _, t := range c.Forward {
+		at := [2]int{t.In, t.Out}
+		if t.In < 0 || t.Out < 0 || t.In > max(0, len(c.Zones)-1) || t.Out > max(0, len(c.Zones)-1) {
+			return fmt.Errorf("table for zones %d and %d: no such zone", t.In, t.Out)
+		}
+		if _, twice := tables[at]; twice {
+			return fmt.Errorf("two tables for zones %d and %d", t.In, t.Out)
+		}
+		tables[at] = t
+	}
+	to := func(in, out int) stmt {
+		if _, ok := tables[[2]int{in, out}]; ok {
+			return goTo(pairChain(in, out))
+		}
+		return goTo(chainDiscard)
+	}
+	if len(c.Zones) > 1 {
+		b.zoneMap(mapZones, func(id int) stmt { return goTo(zoneChain(id)) })
+	}
+	for in := range max(1, len(c.Zones)) {
+		f := b.chain(zoneChain(in))
+		var branches []branch
+		for out := 1; out < len(c.Zones); out++ {
+			for _, name := range c.Zones[out].Interfaces {
+				branches = append(branches, branch{[]value{ifNameValue(name)}, to(in, out)})
+			}
+		}
+		if len(branches) > 0 {
+			f.add(switchOn([]field{fieldOutRoute}, branches))
+		}
+		f.add(to(in, 0))
+	}
+	for _, t := range c.Forward {
+		if err := b.table(pairChain(t.In, t.Out), fmt.Sprintf("p%d_%d", t.In, t.Out), t, forwardVerdict); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func checkZones(zones []policy.Zone) error {
+	seen := map[string]int{}
+	for i, z := range zones {
+		if z.ID != i || (i == 0) != (len(z.Interfaces) == 0) {
+			return fmt.Errorf("zone %d has the number %d and %d interfaces", i, z.ID, len(z.Interfaces))
+		}
+		for _, name := range z.Interfaces {
+			if err := checkInterface(name); err != nil {
+				return err
+			}
+			if j, twice := seen[name]; twice {
+				return fmt.Errorf("interface %q is in zones %d and %d", name, j, i)
+			}
+			seen[name] = i
+		}
+	}
+	return nil
+}
+
+// zoneMap is a verdict map from the names of all zones but zone 0.
+func (b *builder) zoneMap(name string, to func(id int) stmt) {
+	s := &set{name: name, key: []nftables.SetDatatype{nftables.TypeIFName}, data: []nftables.SetDatatype{nftables.TypeVerdict}}
+	for _, z := range b.in.Compiled.Zones[1:] {
+		for _, i := range z.Interfaces {
+			s.elems = append(s.elems, verdictElement([]value{ifNameValue(i)}, to(z.ID)))
+		}
+	}
+	b.set(s)
+}
+
+func forwardVerdict(c policy.Class) (stmt, error) {
+	switch c {
+	case policy.ClassKernel:
+		return goTo(chainCarryFirst), nil
+	case policy.ClassReject:
+		return goTo(chainRefuse), nil
+	case policy.ClassDrop:
+		return goTo(chainDiscard), nil
+	case policy.ClassAsk:
+		return goTo(chainAsk), nil
+	case policy.ClassAskOpen:
+		return goTo(chainAskOpen), nil
+	}
+	return stmt{}, fmt.Errorf("class %d is unknown", c)
+}
+
+// inputVerdict: nothing that the gateway itself receives is asked about.
+func inputVerdict(c policy.Class) (stmt, error) {
+	switch c {
+	case policy.ClassKernel:
+		return accept(), nil
+	case policy.ClassReject, policy.ClassDrop:
+		return forwardVerdict(c)
+	}
+	return stmt{}, fmt.Errorf("class %d cannot be that of a flow to the gateway itself", c)
+}
+
+// stageKind is what the stages of one family and kind have in common.
+type stageKind struct {
+	name   string
+	family family
+	kind   policy.Kind
+	protos []flow.Proto // empty: every other one
+	last   []field      // of the key, after the addresses
+}
+
+func stageKinds() []stageKind {
+	var kinds []stageKind
+	for _, f := range []family{ipv4, ipv6} {
+		kinds = append(kinds,
+			stageKind{"ports" + f.suffix, f, policy.KindPorts, []flow.Proto{flow.TCP, flow.UDP}, []field{fieldL4Proto, fieldDport}},
+			stageKind{"icmp" + f.suffix, f, policy.KindICMP, []flow.Proto{f.icmp}, []field{f.icmpType}},
+			stageKind{"other" + f.suffix, f, policy.KindOther, nil, []field{fieldL4Proto}})
+	}
+	return kinds
+}
+
+// table is the chain of one table: by family and protocol to a row of lookups.
+//
+//	chain pair_1_2 {
+//		meta nfproto . meta l4proto vmap { ipv4 . tcp : goto pair_1_2_ports4, ... }
+//		meta nfproto ipv4 goto pair_1_2_other4
+//		goto discard
+//	}
+//	chain pair_1_2_ports4 {
+//		meta nfproto ipv4 ip saddr . ip daddr . meta l4proto . th dport vmap @p1_2_ports4_0
+//		goto discard
+//	}
+func (b *builder) table(name, short string, t policy.Table, verdict func(policy.Class) (stmt, error)) error {
+	top := b.chain(name)
+	var branches []branch
+	var others []rule
+	for _, k := range stageKinds() {
+		sub := name + "_" + k.name
+		n, err := b.stages(sub, short+"_"+k.name, k, t.Stages, verdict)
+		if err != nil {
+			return fmt.Errorf("table of zones %d and %d: %w", t.In, t.Out, err)
+		}
+		for _, p := range k.protos {
+			to := goTo(sub)
+			if n == 0 {
+				to = goTo(chainDiscard)
+			}
+			branches = append(branches, branch{[]value{k.family.nfproto, protoValue(p)}, to})
+		}
+		if n > 0 && len(k.protos) == 0 {
+			others = append(others, rule{is(fieldNFProto, k.family.nfproto), goTo(sub)})
+		}
+	}
+	top.add(switchOn([]field{fieldNFProto, fieldL4Proto}, branches))
+	top.rules = append(top.rules, others...)
+	top.add(goTo(chainDiscard))
+	return nil
+}
+
+// stages adds the lookups of one family and kind and says how many they are.
+func (b *builder) stages(chain, maps string, k stageKind, stages []policy.Stage, verdict func(policy.Class) (stmt, error)) (int, error) {
+	key := append([]field{k.family.saddr, k.family.daddr}, k.last...)
+	match := []stmt{is(fieldNFProto, k.family.nfproto)}
+	if k.kind == policy.KindICMP {
+		match = append(match, is(fieldL4Proto, protoValue(k.family.icmp)))
+	}
+	n := 0
+	for _, s := range stages {
+		if s.Kind > policy.KindOther {
+			return 0, fmt.Errorf("stage of kind %d is unknown", s.Kind)
+		}
+		if s.Is6 != (k.family.number == ipv6.number) || s.Kind != k.kind || len(s.Boxes) == 0 {
+			continue
+		}
+		m := &set{
+			name: fmt.Sprintf("%s_%d", maps, n), key: fieldTypes(key), interval: true,
+			data: []nftables.SetDatatype{nftables.TypeVerdict},
+		}
+		for _, x := range s.Boxes {
+			e, err := boxElement(k, x, verdict)
+			if err != nil {
+				return 0, err
+			}
+			m.elems = append(m.elems, e)
+		}
+		b.set(m)
+		if n == 0 {
+			b.chain(chain)
+		}
+		c := b.r.chains[len(b.r.chains)-1]
+		c.add(append(append(rule{}, match...), vmap(m.name, key...))...)
+		n++
+	}
+	if n > 0 {
+		b.r.chains[len(b.r.chains)-1].add(goTo(chainDiscard))
+	}
+	return n, nil
+}
+
+// boxElement is one box of a stage: a range in every field of the key.
+func boxElement(k stageKind, x policy.Box, verdict func(policy.Class) (stmt, error)) (element, error) {
+	to, err := verdict(x.Class)
+	if err != nil {
+		return element{}, err
+	}
+	if !x.Src.IsValid() || !x.Dst.IsValid() || x.Src.Addr().Is4() != x.Dst.Addr().Is4() ||
+		x.Src.Addr().Is4() != (k.family.number == ipv4.number) {
+		return element{}, fmt.Errorf("box from %s to %s is not in its family", x.Src, x.Dst)
+	}
+	if x.Protos[0] > x.Protos[1] || x.Ports.Lo > x.Ports.Hi {
+		return element{}, errors.New("box with an empty range")
+	}
+	parts := []extent{prefixExtent(x.Src), prefixExtent(x.Dst)}
+	switch k.kind {
+	case policy.KindPorts:
+		parts = append(parts, protoExtent(x.Protos), portExtent(x.Ports))
+	case policy.KindICMP:
+		if x.Ports.Hi > 255 {
+			return element{}, fmt.Errorf("icmp type %d does not exist", x.Ports.Hi)
+		}
+		parts = append(parts, byteExtent(byte(x.Ports.Lo), byte(x.Ports.Hi)))
+	case policy.KindOther:
+		parts = append(parts, protoExtent(x.Protos))
+	}
+	e := element{verdict: &expr.Verdict{}}
+	*e.verdict = *verdictOf(to)
+	var lo, hi [][]byte
+	for i, p := range parts {
+		if i > 0 {
+			e.text += " . "
+		}
+		e.text += p.text
+		lo, hi = append(lo, p.lo), append(hi, p.hi)
+	}
+	e.text += " : " + to.text
+	e.key, e.end = pack(lo...), pack(hi...)
+	return e, nil
+}
+
+// extent is an inclusive range of one field.
+type extent struct {
+	text   string
+	lo, hi []byte
+}
+
+func prefixExtent(p netip.Prefix) extent {
+	p = p.Masked()
+	return extent{p.String(), p.Addr().AsSlice(), lastAddr(p).AsSlice()}
+}
+
+// lastAddr is the highest address of a prefix.
+func lastAddr(p netip.Prefix) netip.Addr {
+	a := p.Masked().Addr().AsSlice()
+	for i := p.Bits(); i < len(a)*8; i++ {
+		a[i/8] |= 0x80 >> (i % 8)
+	}
+	last, _ := netip.AddrFromSlice(a)
+	return last
+}
+
+func protoExtent(p [2]flow.Proto) extent {
+	if p[0] == p[1] {
+		v := protoValue(p[0])
+		return extent{v.text, v.raw, v.raw}
+	}
+	return byteExtent(byte(p[0]), byte(p[1]))
+}
+
+func portExtent(p policy.PortRange) extent {
+	text := fmt.Sprint(p.Lo)
+	if p.Lo != p.Hi {
+		text = fmt.Sprintf("%d-%d", p.Lo, p.Hi)
+	}
+	return extent{text, binary.BigEndian.AppendUint16(nil, p.Lo), binary.BigEndian.AppendUint16(nil, p.Hi)}
+}
+
+func byteExtent(lo, hi byte) extent {
+	text := fmt.Sprint(lo)
+	if lo != hi {
+		text = fmt.Sprintf("%d-%d", lo, hi)
+	}
+	return extent{text, []byte{lo}, []byte{hi}}
+}

@@ -1,0 +1,180 @@
+package kernelpath
+
+import (
+	"time"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/policy"
+)
+
+// steer acts on what is decided: on the path of the flow, or on the path that
+// the queue's verdict wrote into the packet's mark.
+//
+//	ct mark and PATH vmap { K : accept, U : goto divert, O : goto local_own }
+//	meta mark and PATH vmap { reject : goto refuse_marked, ..., K : goto carry_first, U : goto take_first }
+func (b *builder) steer() error {
+	s := b.base("steer", prerouting(prioritySteer))
+	on := func(p flow.Path, to stmt) branch { return branch{[]value{markValue(b.mark(p))}, to} }
+	s.add(switchMark(fieldCtMark, b.Marks.PathMask(), []branch{
+		on(flow.Kernel, accept()), on(flow.User, goTo(chainDivert)), on(flow.Own, goTo(chainLocalOwn)),
+	}))
+	s.add(switchMark(fieldMetaMark, b.Marks.PathMask(), []branch{
+		on(flow.Reject, goTo("refuse_marked")),
+		on(flow.HostUnreachable, goTo("host_unreachable")),
+		on(flow.NetUnreachable, goTo("net_unreachable")),
+		on(flow.PortUnreachable, goTo("port_unreachable")),
+		on(flow.Kernel, goTo(chainCarryFirst)),
+		on(flow.User, goTo(chainTakeFirst)),
+	}))
+
+	refuseWith(b.chain("refuse_marked"))
+	b.chain("host_unreachable").add(unreachable(hostUnreachable))
+	b.chain("net_unreachable").add(unreachable(noRouteToNetwork))
+	b.chain("port_unreachable").add(unreachable(portUnreachable))
+
+	b.chain(chainTakeFirst).add(b.putPath(fieldCtMark, flow.User), goTo(chainDivert))
+
+	// The mark leads the packet to this host by the policy routing rule;
+	// tproxy gives it to the socket of its flow, or to the listener.
+	d := b.chain(chainDivert)
+	d.add(b.putPath(fieldMetaMark, flow.User))
+	for _, f := range []family{ipv4, ipv6} {
+		d.add(is(fieldNFProto, f.nfproto), tcpOrUDP(), divertTo(f, b.TProxyPort), accept())
+	}
+	d.add(accept())
+
+	b.chain(chainLocalOwn).add(b.putPath(fieldMetaMark, flow.User), accept())
+	return nil
+}
+
+// forward lets nothing pass but kernel flows.
+//
+//	ct mark and MASK vmap { K : goto carry, K with the cut bit : goto cut }
+//	counter name "unmarked" drop
+func (b *builder) forward() error {
+	f := b.base("forward", filterHook("forward", unix.NF_INET_FORWARD, priorityFilter, nftables.ChainPolicyDrop))
+	f.add(switchMark(fieldCtMark, b.Marks.Mask(), []branch{
+		{[]value{markValue(b.mark(flow.Kernel))}, goTo(chainCarry)},
+		{[]value{markValue(b.mark(flow.Kernel) | b.Marks.Cut())}, goTo(chainCut)},
+	}))
+	f.add(count(counterUnmarked), drop())
+
+	c := b.chain(chainCarry)
+	if len(b.Flowtable) > 0 {
+		c.add(tcpOrUDP(), offload())
+	}
+	c.add(accept())
+	return nil
+}
+
+// upstreamZone keeps apart the two legs of a flow that the gateway carries on
+// from the client's own address: they have the same tuple, so the upstream leg
+// gets a conntrack zone of its own, on the way out by the socket's mark, on
+// the way in by the socket that waits for the packet. It also marks every
+// upstream leg.
+func (b *builder) upstreamZone() error {
+	arriving := b.base("zone_in", prerouting(priorityRaw))
+	ifaces, every := b.upstreamInterfaces()
+	if every || len(ifaces) > 0 {
+		takeover := rule{oneOf(fieldL4Proto, protoValue(flow.TCP), protoValue(flow.UDP), protoValue(flow.ICMP), protoValue(flow.ICMPv6)),
+			is(fieldTransparent, byteValue("1", 1)), goTo("zone_socket")}
+		if every {
+			arriving.add(append(rule{isNot(fieldIIf, host32(`"lo"`, 1))}, takeover...)...)
+		} else {
+			b.set(interfaceSet("zone_if", "", ifaces))
+			arriving.add(append(rule{in("zone_if", fieldIIfName)}, takeover...)...)
+		}
+	}
+
+	out := b.base("zone_out", output(priorityRaw))
+	out.add(b.hasPath(fieldMetaMark, flow.Reject), untrack(), accept())
+	out.add(b.hasPath(fieldMetaMark, flow.Own), isNot(fieldSaddrType, typeLocal), goTo("zone_leg"))
+
+	own := b.base("own_out", output(prioritySteer))
+	own.add(b.hasPath(fieldMetaMark, flow.Own), masked(fieldCtMark, b.Marks.Mask(), 0), b.putPath(fieldCtMark, flow.Own))
+
+	b.zoneChains(every || len(ifaces) > 0)
+	return nil
+}
+
+// zoneChains: a socket in FIN-WAIT-2 or TIME-WAIT has no mark to be known by
+// (nft_socket.c reads it of full sockets only), and the client's leg may be in
+// that state as well. So a leg that sends its FIN is remembered by tuple.
+func (b *builder) zoneChains(takeover bool) {
+	for _, f := range []family{ipv4, ipv6} {
+		b.set(&set{
+			name: setClosing(f), key: fieldTypes(legKey(f.saddr, f.daddr, fieldSport, fieldDport)),
+			dynamic: true, timeout: true, lasting: true, size: anySize,
+		})
+	}
+	leg := b.chain("zone_leg")
+	leg.add(setZone(b.Zone))
+	for _, f := range []family{ipv4, ipv6} {
+		leg.add(is(fieldNFProto, f.nfproto), is(fieldL4Proto, protoValue(flow.TCP)), closing(),
+			refresh(setClosing(f), lingering, legKey(f.daddr, f.saddr, fieldDport, fieldSport)...))
+	}
+	if !takeover {
+		return
+	}
+	s := b.chain("zone_socket")
+	s.add(b.hasPath(fieldSocketMark, flow.Own), setZone(b.Zone), accept())
+	s.add(maskedNot(fieldSocketMark, b.Marks.PathMask(), b.mark(flow.Own)), accept())
+	for _, f := range []family{ipv4, ipv6} {
+		s.add(is(fieldNFProto, f.nfproto), in(setClosing(f), legKey(f.saddr, f.daddr, fieldSport, fieldDport)...), setZone(b.Zone), accept())
+	}
+}
+
+func setClosing(f family) string { return "closing" + f.suffix }
+
+// lingering is longer than FIN-WAIT-2 and TIME-WAIT together, 60 s each.
+const lingering = 130 * time.Second
+
+func legKey(src, dst, sport, dport field) []field {
+	return []field{src, dst, fieldL4Proto, sport, dport}
+}
+
+// upstreamInterfaces are where answers to such a leg can come from: those of
+// all networks that a network rule joins, if any flow can reach user space at
+// all. every: one of these networks is not bound to interfaces.
+func (b *builder) upstreamInterfaces() (ifaces []string, every bool) {
+	if !b.asks() {
+		return nil, false
+	}
+	seen := map[string]bool{}
+	for _, r := range b.in.NetworkRules {
+		for _, name := range []string{r.From, r.To} {
+			if name == policy.Gateway {
+				continue
+			}
+			n, _ := b.network(name)
+			if len(n.Interfaces) == 0 {
+				return nil, true
+			}
+			for _, i := range n.Interfaces {
+				if !seen[i] {
+					seen[i] = true
+					ifaces = append(ifaces, i)
+				}
+			}
+		}
+	}
+	return ifaces, false
+}
+
+// asks says whether any flow can reach user space. Permissions alone cannot:
+// without a filter there is nobody who makes them.
+func (b *builder) asks() bool {
+	for _, t := range b.in.Compiled.Forward {
+		for _, s := range t.Stages {
+			for _, x := range s.Boxes {
+				if x.Class == policy.ClassAsk || x.Class == policy.ClassAskOpen {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}

@@ -1,0 +1,227 @@
+package kernelpath
+
+import (
+	"flag"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
+	"github.com/sluicegw/sluice/policy"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+func defaultMarks(t testing.TB) flow.Marks {
+	t.Helper()
+	m, err := flow.NewMarks(flow.DefaultMask)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func testOptions(t testing.TB) Options {
+	return Options{
+		Marks: defaultMarks(t), Native: true,
+		FirstClosed: 100, NumClosed: 4, FirstOpen: 110, NumOpen: 1,
+		TProxyPort: 8000, Zone: 77, LogGroup: 5, ReversePath: ReversePathStrict,
+		Ranges: nat.Ranges{Kernel: nat.Range{Lo: 20000, Hi: 29999}},
+	}
+}
+
+func box(src, dst string, lo, hi flow.Proto, p0, p1 uint16, c policy.Class) policy.Box {
+	return policy.Box{Src: netip.MustParsePrefix(src), Dst: netip.MustParsePrefix(dst),
+		Protos: [2]flow.Proto{lo, hi}, Ports: policy.PortRange{Lo: p0, Hi: p1}, Class: c}
+}
+
+func ports4(boxes ...policy.Box) policy.Stage {
+	return policy.Stage{Kind: policy.KindPorts, Boxes: boxes}
+}
+
+// twoZones is a network behind NAT: lan0 inside, wan0 outside.
+func twoZones() Input {
+	any4, any6 := "0.0.0.0/0", "::/0"
+	return Input{
+		Networks: []policy.Network{
+			{Name: "lan", Interfaces: []string{"lan0"}, Prefixes: []netip.Prefix{
+				netip.MustParsePrefix("10.0.0.0/24"), netip.MustParsePrefix("10.0.0.128/25"), netip.MustParsePrefix("fd00:a::/64")}},
+			{Name: "internet", Interfaces: []string{"wan0"}},
+		},
+		NetworkRules: []policy.NetworkRule{{Name: "out", From: "lan", To: "internet", Relation: policy.NAT}},
+		Compiled: policy.Compiled{
+			Zones: []policy.Zone{{}, {ID: 1, Interfaces: []string{"lan0"}}, {ID: 2, Interfaces: []string{"wan0"}}},
+			Forward: []policy.Table{{In: 1, Out: 2, Stages: []policy.Stage{
+				ports4(box("10.0.0.0/24", "203.0.113.10/32", flow.TCP, flow.TCP, 666, 666, policy.ClassReject),
+					box("10.0.0.0/24", any4, flow.TCP, flow.TCP, 21, 21, policy.ClassAsk)),
+				ports4(box("10.0.0.0/24", any4, flow.TCP, flow.UDP, 53, 1000, policy.ClassKernel),
+					box("10.0.0.0/24", any4, flow.TCP, flow.TCP, 5060, 5061, policy.ClassAskOpen)),
+				{Kind: policy.KindICMP, Boxes: []policy.Box{box("10.0.0.0/24", any4, 0, 0, 8, 8, policy.ClassKernel)}},
+				{Kind: policy.KindOther, Boxes: []policy.Box{box("10.0.0.0/24", any4, 47, 50, 0, 65535, policy.ClassKernel)}},
+				{Is6: true, Kind: policy.KindPorts, Boxes: []policy.Box{box("fd00:a::/64", any6, flow.TCP, flow.UDP, 0, 65535, policy.ClassKernel)}},
+				{Is6: true, Kind: policy.KindICMP, Boxes: []policy.Box{box("fd00:a::/64", any6, 0, 0, 128, 128, policy.ClassKernel)}},
+			}}},
+			Input: []policy.Table{{In: 1, Stages: []policy.Stage{
+				ports4(box(any4, any4, flow.TCP, flow.TCP, 22, 22, policy.ClassKernel), box(any4, any4, flow.UDP, flow.UDP, 53, 53, policy.ClassReject)),
+			}}},
+		},
+	}
+}
+
+// routedZones are three networks without translation, one of them without
+// interfaces of its own.
+func routedZones() Input {
+	any4 := "0.0.0.0/0"
+	in := Input{
+		Networks: []policy.Network{
+			{Name: "lan", Interfaces: []string{"lan0", "lan1"}},
+			{Name: "dmz", Prefixes: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("255.255.255.0/24")}},
+			{Name: "internet", Interfaces: []string{"wan0"}},
+		},
+		NetworkRules: []policy.NetworkRule{
+			{Name: "servers", From: "lan", To: "dmz", Relation: policy.Route},
+			{Name: "hidden", From: "lan", To: "internet", Relation: policy.NAT, Address: netip.MustParseAddr("203.0.113.1")},
+			{Name: "rest", From: "dmz", To: policy.Any, Relation: policy.Route},
+		},
+		Compiled: policy.Compiled{
+			Zones: []policy.Zone{{}, {ID: 1, Interfaces: []string{"lan0", "lan1"}}, {ID: 2, Interfaces: []string{"wan0"}}},
+		},
+	}
+	for _, pair := range [][2]int{{0, 0}, {0, 2}, {1, 0}, {1, 2}} {
+		in.Compiled.Forward = append(in.Compiled.Forward, policy.Table{In: pair[0], Out: pair[1], Stages: []policy.Stage{
+			ports4(box(any4, "192.0.2.0/24", flow.TCP, flow.TCP, 80, 80, policy.ClassAsk)),
+			ports4(box(any4, any4, flow.TCP, flow.UDP, 0, 65535, policy.ClassKernel)),
+		}})
+	}
+	return in
+}
+
+func samples(t testing.TB) map[string]Ruleset {
+	t.Helper()
+	hard := testOptions(t)
+	hard.ReversePath, hard.Native, hard.Ranges = ReversePathLoose, false, nat.Ranges{}
+	off := testOptions(t)
+	off.ReversePath = ReversePathOff
+	all := map[string]Ruleset{}
+	for name, s := range map[string]struct {
+		in Input
+		o  Options
+	}{
+		"nat": {twoZones(), testOptions(t)}, "routed": {routedZones(), hard}, "empty": {Input{}, off},
+	} {
+		r, err := Build(s.in, s.o)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		all[name] = r
+	}
+	return all
+}
+
+func TestBuildGolden(t *testing.T) {
+	for name, r := range samples(t) {
+		path := filepath.Join("testdata", name+".nft")
+		if *update {
+			if err := os.WriteFile(path, []byte(r.String()), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := r.String(); got != string(want) {
+			t.Errorf("%s differs from the ruleset:\n%s", path, got)
+		}
+	}
+}
+
+// Every chain and set that a statement names is there, no name is there twice,
+// and nothing is there that nobody can reach.
+func TestBuildNamesFitTogether(t *testing.T) {
+	for name, r := range samples(t) {
+		defined, used := map[string]int{}, map[string]bool{}
+		for _, s := range r.sets {
+			defined["@"+s.name]++
+			for _, e := range s.elems {
+				if e.verdict != nil && e.verdict.Chain != "" {
+					used[e.verdict.Chain] = true
+				}
+			}
+		}
+		for _, c := range r.chains {
+			defined[c.name]++
+			if c.hook != nil {
+				used[c.name] = true
+			}
+			for _, rule := range c.rules {
+				words := strings.FieldsFunc(rule.String(), func(r rune) bool { return strings.ContainsRune(" ,{}", r) })
+				for i, w := range words {
+					if strings.HasPrefix(w, "@") {
+						used[w] = true
+					}
+					if i > 0 && (words[i-1] == "goto" || words[i-1] == "jump") {
+						used[w] = true
+					}
+				}
+			}
+		}
+		// Elements that are installed while traffic flows go to these.
+		used[chainAsk], used[chainListed], used[chainUse], used[chainAskOpen] = true, true, true, true
+		used[chainRefuse], used[chainCarryFirst] = true, true
+		for n := range used {
+			if defined[n] != 1 {
+				t.Errorf("%s: %s is defined %d times", name, n, defined[n])
+			}
+		}
+		for n := range defined {
+			if !used[n] {
+				t.Errorf("%s: %s is used nowhere", name, n)
+			}
+		}
+	}
+}
+
+// A packet of a known flow leaves each base chain with its first rule.
+func TestBuildKnownFlowsPassFirst(t *testing.T) {
+	r := samples(t)["nat"]
+	for _, name := range []string{"arrive", "steer", "forward"} {
+		at := slices.IndexFunc(r.chains, func(c *chain) bool { return c.name == name })
+		if first := r.chains[at].rules[0].String(); !strings.HasPrefix(first, "ct mark and ") || !strings.Contains(first, "0x05000000 : ") {
+			t.Errorf("%s begins with %q", name, first)
+		}
+	}
+}
+
+func TestBuildRefuses(t *testing.T) {
+	for name, spoil := range map[string]func(*Input, *Options){
+		"queues overlap":    func(_ *Input, o *Options) { o.FirstOpen = 103 },
+		"no queue":          func(_ *Input, o *Options) { o.NumClosed = 0 },
+		"no zone":           func(_ *Input, o *Options) { o.Zone = 0 },
+		"reverse path mode": func(_ *Input, o *Options) { o.ReversePath = "maybe" },
+		"interface name":    func(in *Input, _ *Options) { in.Compiled.Zones[1].Interfaces = []string{`a"b`} },
+		"wildcard":          func(in *Input, _ *Options) { in.Compiled.Zones[1].Interfaces = []string{"ppp*"} },
+		"interface twice":   func(in *Input, _ *Options) { in.Compiled.Zones[2].Interfaces = []string{"lan0"} },
+		"unknown zone":      func(in *Input, _ *Options) { in.Compiled.Forward[0].Out = 3 },
+		"family of a box": func(in *Input, _ *Options) {
+			in.Compiled.Forward[0].Stages[0].Boxes[0].Src = netip.MustParsePrefix("::/0")
+		},
+		"class":                func(in *Input, _ *Options) { in.Compiled.Forward[0].Stages[0].Boxes[0].Class = 9 },
+		"ask about the host":   func(in *Input, _ *Options) { in.Compiled.Input[0].Stages[0].Boxes[0].Class = policy.ClassAsk },
+		"icmp type":            func(in *Input, _ *Options) { in.Compiled.Forward[0].Stages[2].Boxes[0].Ports.Hi = 256 },
+		"network not defined":  func(in *Input, _ *Options) { in.NetworkRules[0].To = "mars" },
+		"address cannot hide":  func(in *Input, _ *Options) { in.NetworkRules[0].Address = netip.IPv6Loopback() },
+		"relation":             func(in *Input, _ *Options) { in.NetworkRules[0].Relation = 0 },
+		"empty range of ports": func(_ *Input, o *Options) { o.Ranges.Kernel = nat.Range{Lo: 2, Hi: 1} },
+	} {
+		in, o := twoZones(), testOptions(t)
+		spoil(&in, &o)
+		if _, err := Build(in, o); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+}

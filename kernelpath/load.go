@@ -1,0 +1,290 @@
+package kernelpath
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// existing is what the kernel holds of the table.
+type existing struct {
+	chains     map[string]*hook // nil hook: a regular chain
+	sets       map[string]existingSet
+	counters   map[string]bool
+	flowtables map[string][]string
+}
+
+type existingSet struct{ flags, keyType, keyLen, dataType, dataLen uint32 }
+
+// Load replaces the rules by those of r in one transaction, and makes what is
+// not there yet. Base chains, counters and the permission sets with their
+// elements stay as they are; packets that wait in a queue stay there. The
+// verdict maps of the policy are replaced, and what r does not have
+// disappears. A table of an earlier run is adopted; if its base chains or
+// permission sets have another form, it is replaced as a whole, in the same
+// transaction. Permissions that this Table has installed survive that, too,
+// and a table that somebody else has deleted.
+//
+// On error the kernel holds what it held before, and the error names the
+// object or rule that it refused, and its errno. Load may be repeated, and
+// called while permissions are installed.
+func (t *Table) Load(r Ruleset) error {
+	return t.do(context.Background(), func() error {
+		s, err := dialTable(t.netns)
+		if err != nil {
+			return fmt.Errorf("load the ruleset: %w", err)
+		}
+		defer func() { _ = s.close() }()
+		if err := t.load(s, r); err != nil {
+			return fmt.Errorf("load the ruleset: %w", err)
+		}
+		return nil
+	})
+}
+
+func (t *Table) load(s *socket, r Ruleset) error {
+	old, err := s.existing()
+	if err != nil {
+		return fmt.Errorf("list the table: %w", err)
+	}
+	tx := &transaction{}
+	tx.addTable()
+	if why := old.incompatible(r); why != "" {
+		t.log.Warn("the table in the kernel has another form and is replaced as a whole; packets that wait for a verdict are lost: " + why)
+		tx.deleteTable()
+		tx.addTable()
+		old = newExisting()
+	}
+	tx.replace(old, r)
+	restored := t.restore(tx, old)
+	if err := s.commit(tx); err != nil {
+		return err
+	}
+	// A table that is all new holds nothing but what was restored.
+	t.holders.known = t.holders.known || len(old.sets) == 0
+	if restored > 0 {
+		t.log.Sugar().Infof("put %d elements of permissions back into the new table", restored)
+	}
+	return nil
+}
+
+// replace is the whole change. The order is the kernel's: what is pointed at
+// must be there before what points at it, and go after it.
+func (tx *transaction) replace(old *existing, r Ruleset) {
+	wanted, sets := r.names()
+	if len(old.chains) > 0 {
+		tx.flushRules()
+	}
+	for _, name := range sortedKeys(old.sets) {
+		if s := sets[name]; s == nil || !s.lasting {
+			tx.deleteSet(name)
+		}
+	}
+	for _, name := range sortedKeys(old.chains) {
+		if !wanted[name] {
+			tx.deleteChain(name)
+		}
+	}
+	keep := slices.Equal(old.flowtables[flowtableName], slices.Sorted(slices.Values(r.flowtable)))
+	for _, name := range sortedKeys(old.flowtables) {
+		if name != flowtableName || !keep {
+			tx.deleteFlowtable(name)
+		}
+	}
+	if len(r.flowtable) > 0 && !keep {
+		tx.addFlowtable(r.flowtable)
+	}
+	for _, name := range r.counters {
+		if !old.counters[name] {
+			tx.addCounter(name)
+		}
+	}
+	for _, c := range r.chains {
+		if _, there := old.chains[c.name]; c.hook != nil || !there {
+			tx.addChain(c)
+		}
+	}
+	for _, s := range r.sets {
+		if _, there := old.sets[s.name]; !there || !s.lasting {
+			tx.addSet(s, 0)
+		}
+	}
+	for _, c := range r.chains {
+		for _, rule := range c.rules {
+			tx.addRule(c.name, rule)
+		}
+	}
+}
+
+func (r Ruleset) names() (chains map[string]bool, sets map[string]*set) {
+	chains, sets = map[string]bool{}, map[string]*set{}
+	for _, c := range r.chains {
+		chains[c.name] = true
+	}
+	for _, s := range r.sets {
+		sets[s.name] = s
+	}
+	return chains, sets
+}
+
+// incompatible says what of the table cannot be kept; empty: nothing.
+func (old *existing) incompatible(r Ruleset) string {
+	for _, c := range r.chains {
+		h, there := old.chains[c.name]
+		if !there {
+			continue
+		}
+		if (h == nil) != (c.hook == nil) {
+			return "chain " + c.name + " is a base chain or is none"
+		}
+		if h != nil && (h.typ != c.hook.typ || h.num != c.hook.num || h.priority != c.hook.priority) {
+			return "base chain " + c.name + " stands elsewhere"
+		}
+	}
+	for _, s := range r.sets {
+		e, there := old.sets[s.name]
+		if !there || !s.lasting {
+			continue
+		}
+		dataType, dataLen, _ := s.dataType()
+		if s.isVerdictMap() {
+			dataLen = e.dataLen // the size of the kernel's own structure
+		}
+		if e != (existingSet{s.flags(), typeSum(s.key), keyLength(s.key), dataType, dataLen}) {
+			return s.label() + " holds something else"
+		}
+	}
+	return ""
+}
+
+// Delete removes the table with all that is in it. A table that is not there
+// is no error.
+func (t *Table) Delete() error {
+	return t.do(context.Background(), func() error {
+		tx := &transaction{}
+		tx.addTable()
+		tx.deleteTable()
+		if err := t.commit(tx); err != nil {
+			return fmt.Errorf("delete table %s: %w", tableName, err)
+		}
+		t.forget()
+		return nil
+	})
+}
+
+func newExisting() *existing {
+	return &existing{map[string]*hook{}, map[string]existingSet{}, map[string]bool{}, map[string][]string{}}
+}
+
+// existing lists the table. A table that is not there gives an empty list.
+func (s *socket) existing() (*existing, error) {
+	old := newExisting()
+	steps := []struct {
+		typ   uint16
+		table uint16 // the attribute that has the table's name
+		take  func(map[uint16][]byte)
+	}{
+		{unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE, old.takeChain},
+		{unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE, old.takeSet},
+		{unix.NFT_MSG_GETOBJ, unix.NFTA_OBJ_TABLE, func(a map[uint16][]byte) { old.counters[cString(a[unix.NFTA_OBJ_NAME])] = true }},
+		{msgGetFlowtable, attrFlowTable, old.takeFlowtable},
+	}
+	for _, step := range steps {
+		msgs, err := s.list(step.typ, attr(step.table, text(tableName)))
+		if errors.Is(err, unix.ENOENT) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("message %d: %w", step.typ, err)
+		}
+		for _, m := range msgs {
+			if len(m.Data) < 4 || nftables.TableFamily(m.Data[0]) != nftables.TableFamilyINet {
+				continue
+			}
+			if a := attributes(m.Data[4:]); cString(a[step.table]) == tableName {
+				step.take(a)
+			}
+		}
+	}
+	return old, nil
+}
+
+func (old *existing) takeChain(a map[uint16][]byte) {
+	var h *hook
+	if raw := a[unix.NFTA_CHAIN_HOOK]; len(raw) > 0 {
+		at := attributes(raw)
+		h = &hook{
+			typ:      nftables.ChainType(cString(a[unix.NFTA_CHAIN_TYPE])),
+			num:      nftables.ChainHook(number(at[unix.NFTA_HOOK_HOOKNUM])),
+			priority: int32(number(at[unix.NFTA_HOOK_PRIORITY])),
+		}
+	}
+	old.chains[cString(a[unix.NFTA_CHAIN_NAME])] = h
+}
+
+// takeSet leaves out the anonymous ones, which go with their rules.
+func (old *existing) takeSet(a map[uint16][]byte) {
+	e := existingSet{
+		number(a[unix.NFTA_SET_FLAGS]), number(a[unix.NFTA_SET_KEY_TYPE]), number(a[unix.NFTA_SET_KEY_LEN]),
+		number(a[unix.NFTA_SET_DATA_TYPE]), number(a[unix.NFTA_SET_DATA_LEN]),
+	}
+	if e.flags&unix.NFT_SET_ANONYMOUS == 0 {
+		old.sets[cString(a[unix.NFTA_SET_NAME])] = e
+	}
+}
+
+func (old *existing) takeFlowtable(a map[uint16][]byte) {
+	devices := []string{}
+	ad, err := netlink.NewAttributeDecoder(attributes(a[attrFlowHook])[attrFlowDevices])
+	if err == nil {
+		for ad.Next() {
+			devices = append(devices, ad.String())
+		}
+	}
+	slices.Sort(devices)
+	old.flowtables[cString(a[attrFlowName])] = devices
+}
+
+// attributes splits a message. Of a repeated attribute the last one counts.
+func attributes(b []byte) map[uint16][]byte {
+	m := map[uint16][]byte{}
+	ad, err := netlink.NewAttributeDecoder(b)
+	if err != nil {
+		return m
+	}
+	for ad.Next() {
+		m[ad.Type()] = ad.Bytes()
+	}
+	return m
+}
+
+func number(b []byte) uint32 {
+	if len(b) != 4 {
+		return 0
+	}
+	return binary.BigEndian.Uint32(b)
+}
+
+func cString(b []byte) string {
+	for i, c := range b {
+		if c == 0 {
+			return string(b[:i])
+		}
+	}
+	return string(b)
+}
+
+func sortedKeys[V any](m map[string]V) []string {
+	keys := make([]string, 0, len(m))
+	for k := range m {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	return keys
+}

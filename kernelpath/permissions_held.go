@@ -1,0 +1,249 @@
+package kernelpath
+
+import (
+	"errors"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+)
+
+// holders is the owner goroutine's record of what it has installed: a slot is
+// in the kernel as long as at least one permission holds it. It is what makes
+// two permissions with the same key, and two versions of one, work.
+type holders struct {
+	slots map[slotKey]*held
+	byID  map[uint64][]slotKey
+	// touched are the slots that the running transaction changes, with what
+	// was held before.
+	touched map[slotKey]*held
+	// touchedIDs is the same for byID.
+	touchedIDs map[uint64][]slotKey
+	// known says that the kernel holds nothing else.
+	known bool
+	// newest is the version of a touched slot that nobody holds any more.
+	newest map[slotKey]slot
+}
+
+// held is a slot and until when each permission holds it; zero: for ever.
+type held struct {
+	slot  slot
+	until map[uint64]time.Time
+}
+
+func newHolders() holders {
+	return holders{slots: map[slotKey]*held{}, byID: map[uint64][]slotKey{}}
+}
+
+// ErrConflict is a permission for an address and port that another permission
+// holds, and sends elsewhere.
+var ErrConflict = errors.New("another permission has the same address and port and another destination")
+
+// begin starts a transaction; undo takes everything back that was taken since.
+func (h *holders) begin() (undo func()) {
+	h.touched, h.newest = map[slotKey]*held{}, map[slotKey]slot{}
+	h.touchedIDs = map[uint64][]slotKey{}
+	return func() {
+		for k, before := range h.touched {
+			if before == nil {
+				delete(h.slots, k)
+			} else {
+				h.slots[k] = before
+			}
+		}
+		for id, keys := range h.touchedIDs {
+			if len(keys) == 0 {
+				delete(h.byID, id)
+			} else {
+				h.byID[id] = keys
+			}
+		}
+		h.end()
+	}
+}
+
+func (h *holders) end() { h.touched, h.touchedIDs, h.newest = nil, nil, nil }
+
+// touch keeps what a slot was before the transaction.
+func (h *holders) touch(k slotKey) {
+	if _, already := h.touched[k]; already {
+		return
+	}
+	h.touched[k] = nil
+	if now := h.slots[k]; now != nil {
+		h.touched[k] = now
+		h.slots[k] = &held{now.slot, maps.Clone(now.until)}
+	}
+}
+
+// take makes one change to the record. A permission that is impossible or in
+// conflict is refused, and what there was of it is released.
+func (h *holders) take(c *change, now time.Time) {
+	id := c.permission.ID
+	slots, err := slotsOf(c.permission)
+	remove := c.remove || err != nil
+	for _, s := range slots {
+		if held := h.slots[s.at()]; !remove && held != nil && !held.slot.same(s) && !held.only(id) {
+			err, remove = ErrConflict, true
+		}
+	}
+	if c.refused = nil; !c.remove {
+		c.refused = err
+	}
+	h.releaseAll(id)
+	for _, s := range slots {
+		k := s.at()
+		h.touch(k)
+		h.newest[k] = s
+		if remove {
+			continue
+		}
+		if h.slots[k] == nil {
+			h.slots[k] = &held{s, map[uint64]time.Time{}}
+		}
+		h.slots[k].slot = s
+		var until time.Time
+		if s.elem.timeout > 0 {
+			until = now.Add(s.elem.timeout)
+		}
+		h.slots[k].until[id] = until
+		h.byID[id] = append(h.byID[id], k)
+	}
+}
+
+func (h *holders) releaseAll(id uint64) {
+	if _, already := h.touchedIDs[id]; !already {
+		h.touchedIDs[id] = h.byID[id]
+	}
+	for _, k := range h.byID[id] {
+		h.release(id, k)
+	}
+	delete(h.byID, id)
+}
+
+func (h *holders) release(id uint64, k slotKey) {
+	if h.slots[k] == nil {
+		return
+	}
+	h.touch(k)
+	h.newest[k] = h.slots[k].slot
+	delete(h.slots[k].until, id)
+	if len(h.slots[k].until) == 0 {
+		delete(h.slots, k)
+	}
+}
+
+// drop forgets a permission.
+func (h *holders) drop(id uint64) {
+	h.begin()
+	h.releaseAll(id)
+	h.end()
+}
+
+func (h *held) only(id uint64) bool {
+	_, mine := h.until[id]
+	return mine && len(h.until) == 1
+}
+
+// element is the slot with the time that is left of its longest holder; not
+// ok: all of them have expired.
+func (h *held) element(now time.Time) (element, bool) {
+	e := h.slot.elem
+	e.timeout = 0
+	for _, until := range h.until {
+		if until.IsZero() {
+			e.timeout = 0
+			return e, true
+		}
+		e.timeout = max(e.timeout, until.Sub(now))
+	}
+	return e, e.timeout > 0
+}
+
+// transaction brings the kernel from what was held before to what is held now.
+//
+// Deleting an absent element fails, and with it the whole transaction; and an
+// element may be absent at any time, because a packet used it up or its time
+// was over. So what may be there is added first, then deleted, then added as
+// it shall be. (Before kernel 6.12 that is also the only way to start the time
+// of an element anew.)
+func (h *holders) transaction(now time.Time) *transaction {
+	tx := &transaction{}
+	gone, fresh := map[string][]element{}, map[string][]element{}
+	for _, k := range sortedSlots(h.touched) {
+		before, after := h.touched[k], h.slots[k]
+		switch {
+		case before != nil:
+			e := before.slot.elem
+			e.timeout = 0
+			gone[k.set] = append(gone[k.set], e)
+		case !h.known || after == nil:
+			e := h.newest[k].elem
+			e.timeout = 0
+			gone[k.set] = append(gone[k.set], e)
+		}
+		if after == nil {
+			continue
+		}
+		if e, ok := after.element(now); ok {
+			fresh[k.set] = append(fresh[k.set], e)
+		}
+	}
+	for _, name := range sortedKeys(gone) {
+		s := &set{name: name}
+		tx.addElements(s, 0, gone[name])
+		tx.deleteElements(s, gone[name])
+	}
+	for _, name := range sortedKeys(fresh) {
+		tx.addElements(&set{name: name}, 0, fresh[name])
+	}
+	return tx
+}
+
+// restore adds what is held to the sets that the table did not have, and says
+// how many elements that are.
+func (t *Table) restore(tx *transaction, old *existing) int {
+	now, n := time.Now(), 0
+	fresh := map[string][]element{}
+	for k, h := range t.holders.slots {
+		if _, there := old.sets[k.set]; there {
+			continue
+		}
+		if e, ok := h.element(now); ok {
+			fresh[k.set] = append(fresh[k.set], e)
+			n++
+		}
+	}
+	for _, name := range sortedKeys(fresh) {
+		tx.addElements(&set{name: name}, 0, fresh[name])
+	}
+	return n
+}
+
+// forget is for a table that is empty or gone: nothing is held.
+func (t *Table) forget() {
+	t.holders = newHolders()
+	t.holders.known = true
+}
+
+func sortedSlots(m map[slotKey]*held) []slotKey {
+	return slices.SortedFunc(maps.Keys(m), func(a, b slotKey) int {
+		if c := strings.Compare(a.set, b.set); c != 0 {
+			return c
+		}
+		return strings.Compare(a.key, b.key)
+	})
+}
+
+func (h *holders) touchedSlots() []slot {
+	slots := make([]slot, 0, len(h.newest))
+	for _, s := range h.newest {
+		slots = append(slots, s)
+	}
+	return slots
+}
+
+// unheld are those of the slots that nobody holds.
+func (h *holders) unheld(slots []slot) []slot {
+	return slices.DeleteFunc(slots, func(s slot) bool { return h.slots[s.at()] != nil })
+}
