@@ -219,3 +219,6 @@ func SYN(to netip.AddrPort) func(Seen) bool {
 func UDPTo(to netip.AddrPort) func(Seen) bool {
 	return func(s Seen) bool { return s.Proto == "udp" && s.Dst == to }
 }
+
+// Peek gives what is captured so far.
+func (c *Capture) Peek() []Seen { return c.packets() }

@@ -113,6 +113,12 @@ func parseTracked(line string) (Tracked, bool) {
 	return t, side >= 1
 }
 
+// Path is what Sluice's bits in the mark say, with the mask at its default: the
+// path's name, or "" where there is none.
+func (t Tracked) Path() string {
+	return map[uint32]string{5: "kernel", 6: "user", 7: "own"}[t.Mark>>24&7]
+}
+
 // SocketInfo is one socket that is not listening.
 type SocketInfo struct {
 	State       string
