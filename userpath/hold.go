@@ -83,7 +83,7 @@ func (q *Queues) park(f *inflight, now time.Duration, moves []move) []move {
 
 // parked enters a packet that came out of a fast queue into a holding queue:
 // the oldest of its flow that is on its way. False: nobody waits for it.
-// released is the flow if this was the last packet that its answer waited for.
+// release is the flow if this was the last packet that its answer waited for.
 func (t *table) parked(tuple flow.Tuple, at heldPacket) (release *inflight, ok bool) {
 	s := t.shard(tuple)
 	s.mu.Lock()
