@@ -1,0 +1,151 @@
+package config
+
+import (
+	"errors"
+	"strings"
+	"testing"
+	"time"
+)
+
+// frame is a policy that the bad rules below stand in; they begin in line 6.
+const frame = `networks: {in: {interfaces: [lan0]}, out: {interfaces: [wan0]}}
+network_rules:
+- {name: j, from: in, to: out, relation: nat}
+protocols: {my-ftp: {tcp: 2121, filter: ftp}, p: {tcp: 1}, t: {tcp: 9, filter: tap}}
+rules:
+`
+
+// bad files, and what is said about them, each line without "f:".
+var bad = []struct {
+	text string
+	want []string
+}{
+	// The text.
+	{"a: b: c\n", []string{"1: mapping value is not allowed in this context"}},
+	{"rules: [\n", []string{"1: sequence end token ']' not found"}},
+	{"rules:\n\t- a\n", []string{"2: found character '\t' that cannot start any token"}},
+	{"- a\n", []string{"1: the file: want a mapping, got a list"}},
+	{"nonsense\n", []string{"1: the file: want a mapping, got text"}},
+	{"log: {}\n---\nlog: {}\n", []string{"3: a second YAML document"}},
+	{"log: {}\n\xff\n", []string{"2: the text is not UTF-8"}},
+	{"\n\nrules: " + strings.Repeat("[", 100), []string{"3: nested too deeply"}},
+	{"rules:\n" + strings.Repeat(" ", 300) + "- a\n", []string{"2: nested too deeply"}},
+	{"rules: " + strings.Repeat("- ", 100), []string{"1: nested too deeply"}},
+	{"log: &a {}\ncontrol: *a\n", []string{"1: anchors and aliases are not supported", "1: log: want a mapping, got something else", "2: anchors and aliases are not supported", "2: control: want a mapping, got something else"}},
+	{"log: !!map {}\n", []string{"1: tags and directives are not supported", "1: log: want a mapping, got something else"}},
+	{"1: 2\n", []string{"1: the key 1 is no text", `1: the file: unknown key ""; the keys are control, flowtable, log, marks, network_rules, networks, ports, protocols, queue, reverse_path, rules`}},
+	// Duplicate and unknown keys.
+	{"log: {}\n\nlog:\n  level: info\n  level: warn\n", []string{`3: the key "log" stands there twice, first in line 1`, `5: the key "level" stands there twice, first in line 4`}},
+	{"log:\n  levle: info\n", []string{`2: log: unknown key "levle"; the keys are format, level`}},
+	{"networks:\n  a:\n    interfaces: x\n  a:\n    interfaces: y\n", []string{`4: the key "a" stands there twice, first in line 2`, `4: network "a": name: is defined twice`}},
+	// Types and ranges.
+	{"log: 7\n", []string{"1: log: want a mapping, got a number"}},
+	{"log:\n- level\n", []string{"2: log: want a mapping, got a list"}},
+	{"log: {level: 7}\n", []string{"1: log.level: want one of debug, info, warn, error, got a number"}},
+	{"log:\n  level: loud\n  format: [json]\n", []string{`2: log.level: "loud" is none of debug, info, warn, error`, "3: log.format: want one of auto, console, json, got a list"}},
+	{"reverse_path: false\n", []string{"1: reverse_path: want one of strict, loose, off, got true or false"}},
+	{"flowtable: on\n", []string{`1: flowtable: "on" is none of auto, off`}},
+	{"flowtable:\n", []string{"1: flowtable: want one of auto, off, got nothing"}},
+	{"queue:\n  form: nft\n  first: -1\n  number: 17\n  length: 10\n  fail: maybe\n", []string{
+		`2: queue.form: "nft" is none of auto, native, xt`, "3: queue.first: -1 is not a number from 0 to 65535", "4: queue.number: 17 is not a number from 1 to 16",
+		"5: queue.length: 10 is not a number from 64 to 262144", `6: queue.fail: "maybe" is none of closed, open`}},
+	{"queue: {number: 2.5}\n", []string{"1: queue.number: want a number from 1 to 16, got a number"}},
+	{"queue: {number: 010}\n", []string{"1: queue.number: 010 is not a number from 1 to 16"}},
+	{"queue: {number: \"2\"}\n", []string{"1: queue.number: want a number from 1 to 16, got text"}},
+	{"queue:\n  first: 65533\n", []string{"2: queue: 2 queues of three sorts each from 65533 on end at 65538, beyond 65535"}},
+	{"marks:\n  mask: 0x50\n  table: 254\n  priority: 32766\n  zone: 0\n  log_group: 70000\n", []string{
+		"2: marks.mask: mark mask 0x00000050: want exactly 4 adjacent bits", "3: marks.table: the tables 253 to 255 are the kernel's own",
+		"4: marks.priority: 32766 is not a number from 1 to 32765", "5: marks.zone: 0 is not a number from 1 to 65535", "6: marks.log_group: 70000 is not a number from 1 to 65535"}},
+	{"marks: {mask: 0x1ffffffff}\n", []string{"1: marks.mask: 0x1ffffffff is not a number from 1 to 4294967295"}},
+	{"ports:\n  kernel: 80-90\n  leases: 9000-8000\n", []string{`2: ports.kernel: "80-90" is no number or range from 1024 to 65535`, `3: ports.leases: "9000-8000" is no number or range from 1024 to 65535`}},
+	{"\nports: {kernel: 20000-62000}\n", []string{"2: ports: kernel 20000-62000 and leases 61000-65535 overlap"}},
+	{"control: {socket: run/x}\n", []string{`1: control.socket: "run/x" is no clean absolute path of at most 107 bytes`}},
+	// Networks.
+	{"networks: [a]\n", []string{"1: networks: want a mapping, got a list"}},
+	{"networks:\n  a:\n", []string{`2: network "a": has neither interfaces nor prefixes`}},
+	{"networks:\n  any: {interfaces: x}\n  gateway: {interfaces: x}\n", []string{`2: network "any": name: is built in and cannot be defined`, `3: network "gateway": name: is built in and cannot be defined`}},
+	{"networks:\n  a:\n    interfaces: [lan0, averylonginterface, lan/1, 7, lan0]\n", []string{
+		`3: network "a": interfaces: "averylonginterface" is no interface name`, `3: network "a": interfaces: "lan/1" is no interface name`, `3: network "a": interfaces: want text, got a number`}},
+	{"networks:\n  a:\n    interfaces:\n    - lan0\n    - lan0\n", []string{`5: network "a": interfaces: "lan0" stands there twice`}},
+	{"networks:\n  a:\n    prefixes:\n    - 10.0.0.0/24\n    - 10.0.0.1/24\n    - ::ffff:10.0.0.0/104\n", []string{
+		`5: network "a": prefixes: 10.0.0.1/24 has host bits set; the network is 10.0.0.0/24`, `6: network "a": prefixes: ::ffff:10.0.0.0/104: IPv4 is written as IPv4`}},
+	{"networks:\n  a: {prefixes: [10.0.0.0/33, \"fe80::1%lan0\", 10.0.0.256, fe80::1]}\n", []string{
+		`2: network "a": prefixes: "10.0.0.0/33" is neither a prefix nor an address`, `2: network "a": prefixes: "fe80::1%lan0" is neither a prefix nor an address`, `2: network "a": prefixes: "10.0.0.256" is neither a prefix nor an address`, `2: network "a": prefixes: want a prefix, got a mapping; in brackets IPv6 needs quotes`}},
+	{"networks:\n  \" a\": {interfaces: x}\n", []string{`2: network " a": " a" is no name: want 1 to 64 printable characters, no quotes, no blanks around`}},
+	// Network rules.
+	{"network_rules: {a: b}\n", []string{"1: network_rules: want a list, got a mapping"}},
+	{"network_rules:\n- name: x\n  from: nix\n  to: gateway\n  relation: route\n  address: 1.2.3.4\n", []string{
+		`3: network rule "x": from: unknown network "nix"`, `4: network rule "x": to: the gateway itself needs no network rule`, `6: network rule "x": address: only a nat rule hides addresses`}},
+	{"network_rules:\n- from: any\n  relation: masq\n", []string{`2: network rule 1: "name" is missing`, `2: network rule 1: "to" is missing`, `3: network rule 1: relation: "masq" is none of route, nat`}},
+	{"network_rules:\n- {name: x, from: any, to: any, relation: nat}\n- {name: x, from: any, to: any, relation: nat, address: 1.2.3}\n- {name: x, from: any, to: any, relation: nat}\n", []string{
+		`3: network rule "x": address: "1.2.3" is no address`, `4: network rule "x": name: is defined twice`}},
+	{"network_rules:\n-\n- {}\n", []string{"2: network rule 1 is empty", "3: network rule 2 is empty"}},
+	// Protocols.
+	{"protocols:\n  a: {}\n  any: {tcp: 1}\n  b:\n    filter: tap\n    icmp: 8\n", []string{
+		`2: protocol "a": matches nothing`, `3: protocol "any": name: is built in and cannot be defined`, `5: protocol "b": filter: a filter sees TCP and UDP only, and the protocol has neither`}},
+	{"protocols:\n  a:\n    tcp: [0, 65536, 5-4, a-b, 1-70000]\n    icmp: 256\n    ip: [6, 256]\n    filter: nix\n", []string{
+		`3: protocol "a": tcp: 0 is not a number from 1 to 65535`, `3: protocol "a": tcp: 65536 is not a number from 1 to 65535`, `3: protocol "a": tcp: "5-4" is no number or range from 1 to 65535`,
+		`3: protocol "a": tcp: "a-b" is no number or range from 1 to 65535`, `3: protocol "a": tcp: "1-70000" is no number or range from 1 to 65535`, `4: protocol "a": icmp: 256 is not a number from 0 to 255`,
+		`5: protocol "a": ip: protocol 6 has the key "tcp"`, `5: protocol "a": ip: 256 is not a number from 0 to 255`, `6: protocol "a": filter: unknown filter "nix"`}},
+	// Rules.
+	{"rules: allow\n", []string{"1: rules: want a list, got text"}},
+	{frame + "- allow\n", []string{"6: rule 1: want a mapping, got text"}},
+	{frame + "- name: r\n  action: permit\n  from: in\n", []string{`6: rule "r": "to" is missing`, `6: rule "r": "protocols" is missing`, `7: rule "r": action: "permit" is none of allow, deny`}},
+	{frame + "- name: r\n  action: allow\n  from:\n  to: []\n  protocols: [p, nix]\n", []string{`8: rule "r": from: names no network`, `9: rule "r": to: names no network`, `10: rule "r": protocols: unknown protocol "nix"`}},
+	{frame + "- name: r\n  action: allow\n  from: [in, gateway]\n  to:\n  - out\n  - nix\n  protocols: p\n", []string{`8: rule "r": from: what the gateway itself sends is not subject to rules`, `11: rule "r": to: unknown network "nix"`}},
+	{frame + "- {name: r, action: allow, from: in, to: out, protocols: p}\n- {name: r, action: allow, from: in, to: out, protocols: p}\n", []string{`7: rule "r": name: is defined twice`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: gateway\n  protocols: p\n  no_kernel_mode: true\n", []string{`11: rule "r": no_kernel_mode: what reaches the gateway itself is never taken over; use a rule of its own for it`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: p\n  no_kernel_mode: yes\n  log: 1\n  refuse: drop\n", []string{`11: rule "r": no_kernel_mode: want true or false, got text`, `12: rule "r": log: want true or false, got a number`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: p\n  refuse: drop\n", []string{`11: rule "r": refuse: only a rule that denies refuses`}},
+	{frame + "- name: r\n  action: deny\n  from: in\n  to: out\n  protocols: p\n  fail: open\n", []string{`11: rule "r": fail: a rule that denies has no way to fail open`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters:\n    ftp:\n    tap:\n", []string{`13: rule "r": filters: filter "tap" fits none of the rule's protocols`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters: {ftp: {}, nix: {}}\n", []string{`11: rule "r": filters: unknown filter "nix"`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters: [ftp]\n", []string{`11: rule "r": filters: want a mapping, got a list`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: t\n  filters:\n    tap:\n      x: y\n", []string{`13: rule "r": filters: tap: the filter takes no options`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters:\n    ftp:\n      read_only: true\n      reed_only: true\n", []string{`14: rule "r": filters: ftp: unknown field "reed_only"`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters:\n    ftp:\n      read_only: true\n      read_only: true\n", []string{`14: the key "read_only" stands there twice, first in line 13`, `14: rule "r": filters: ftp: duplicate key "read_only"`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters:\n    ftp:\n      read_only: 7\n", []string{`13: rule "r": filters: ftp: cannot unmarshal uint64 into Go struct field ftpOptions.ReadOnly of type bool`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters:\n    ftp: {banner: long}\n", []string{`12: rule "r": filters: ftp: the banner is too long`}},
+}
+
+func TestParseBad(t *testing.T) {
+	for _, x := range bad {
+		_, err := Parse("f", []byte(x.text), known)
+		got := ""
+		if err != nil {
+			got = err.Error()
+		}
+		if want := "f:" + strings.Join(x.want, "\nf:"); got != want {
+			t.Errorf("%q\n got %s\nwant %s", x.text, got, want)
+		}
+	}
+}
+
+// A filter's own error can still be told by errors.As from its text: every
+// error has file and line.
+func TestErrorParts(t *testing.T) {
+	_, err := Parse("f", []byte("log: {level: x}\nqueue: {form: x}\n"), known)
+	var e *Error
+	if !errors.As(err, &e) || e.File != "f" || e.Line != 1 {
+		t.Errorf("%v", err)
+	}
+	if n := len(err.(interface{ Unwrap() []error }).Unwrap()); n != 2 {
+		t.Errorf("%d errors", n)
+	}
+}
+
+// Hostile texts are refused quickly.
+func TestHostile(t *testing.T) {
+	for _, text := range []string{
+		strings.Repeat("[", 1<<20), strings.Repeat("{a: ", 1<<18), strings.Repeat("- ", 1<<19), strings.Repeat("? ", 1<<19),
+		strings.Repeat("a:\n", 1<<13), strings.Repeat("x", maxSize+1), strings.Repeat("!a ", 1<<18), strings.Repeat("&a ", 1<<18),
+	} {
+		start := time.Now()
+		if _, err := Parse("f", []byte(text), known); err == nil {
+			t.Errorf("%.10q... was taken", text)
+		}
+		if took := time.Since(start); took > 5*time.Second {
+			t.Errorf("%.10q... took %v", text, took)
+		}
+	}
+}

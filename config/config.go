@@ -1,0 +1,136 @@
+// Package config turns the text of the configuration file into checked
+// values. It is strict: what it does not understand is an error with file and
+// line, and no value is used that was not checked for its range.
+package config
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
+	"github.com/sluicegw/sluice/policy"
+)
+
+// Config is a checked configuration. Default has the values of all keys that
+// a file leaves out.
+type Config struct {
+	// Policy is made of networks, network_rules, protocols (on top of
+	// policy.Builtin) and rules.
+	Policy *policy.Policy
+	// ReversePath is reverse_path.
+	ReversePath ReversePath
+	// Queue is queue.
+	Queue Queue
+	// Marks is marks.
+	Marks Marks
+	// Ports is ports. Own is left zero: it is the kernel's.
+	Ports nat.Ranges
+	// Flowtable is flowtable: true for auto, false for off.
+	Flowtable bool
+	// Log is log.
+	Log Log
+	// Control is control.
+	Control Control
+}
+
+// ReversePath is how packets with a source that is not routed back are met.
+type ReversePath string
+
+// The values of reverse_path.
+const (
+	ReversePathStrict ReversePath = "strict" // back through the same interface
+	ReversePathLoose  ReversePath = "loose"  // back through any interface
+	ReversePathOff    ReversePath = "off"
+)
+
+// QueueForm is the kernel feature that takes packets to user space.
+type QueueForm string
+
+// The values of queue.form.
+const (
+	QueueAuto   QueueForm = "auto" // native where the kernel has it, else xt
+	QueueNative QueueForm = "native"
+	QueueXT     QueueForm = "xt"
+)
+
+// Queue is the section queue. The queues are numbered on end, Number of each
+// sort: those that fail closed, those that fail open, and those in which
+// packets wait for slow answers.
+type Queue struct {
+	Form   QueueForm // form
+	First  uint16    // first: the lowest queue number
+	Number uint16    // number: queues of each sort
+	Length uint32    // length: packets that may wait in each queue
+	// FailOpen is fail: true for open. It has been applied to the rules that
+	// do not say themselves.
+	FailOpen bool
+}
+
+// FirstOpen is the lowest number of the queues that fail open.
+func (q Queue) FirstOpen() uint16 { return q.First + q.Number }
+
+// FirstHolding is the lowest number of the holding queues.
+func (q Queue) FirstHolding() uint16 { return q.First + 2*q.Number }
+
+// Marks is the section marks: numbers that the whole machine shares.
+type Marks struct {
+	Bits     flow.Marks // mask
+	Table    uint32     // table: the routing table
+	Priority uint16     // priority: of the routing rule that leads there
+	Zone     uint16     // zone: the conntrack zone of upstream legs
+	LogGroup uint16     // log_group: the NFLOG group
+}
+
+// Log is the section log.
+type Log struct {
+	Level  string // level: debug, info, warn or error
+	Format string // format: auto, console or json
+}
+
+// Control is the section control.
+type Control struct {
+	Socket string // socket: an absolute path
+}
+
+// Default is what holds where a file says nothing: a policy that lets nothing
+// pass, and these numbers.
+func Default() *Config {
+	bits, err := flow.NewMarks(flow.DefaultMask)
+	if err != nil {
+		panic(err) // the default mask is a constant
+	}
+	return &Config{
+		ReversePath: ReversePathStrict,
+		Queue:       Queue{Form: QueueAuto, First: 4100, Number: 2, Length: 4096},
+		Marks:       Marks{Bits: bits, Table: 4100, Priority: 4100, Zone: 4100, LogGroup: 4100},
+		Ports:       nat.Ranges{Kernel: nat.Range{Lo: 10000, Hi: 32767}, Leases: nat.Range{Lo: 61000, Hi: 65535}},
+		Flowtable:   true,
+		Log:         Log{Level: "info", Format: "auto"},
+		Control:     Control{Socket: "/run/sluice/control.sock"},
+	}
+}
+
+// OptionParsers has the known application filters by name, with the method
+// that turns a rule's options into the filter's own value; nil: the filter
+// takes no options.
+type OptionParsers map[string]func(decode func(into any) error) (any, error)
+
+// Load reads and checks a file. Its errors are those of Parse, or say that
+// the file cannot be read.
+func Load(path string, parsers OptionParsers) (*Config, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read the configuration: %w", err)
+	}
+	return Parse(path, text, parsers)
+}
+
+// Error is one thing that is wrong with a file.
+type Error struct {
+	File   string
+	Line   int // from 1
+	Reason string
+}
+
+func (e *Error) Error() string { return fmt.Sprintf("%s:%d: %s", e.File, e.Line, e.Reason) }
