@@ -108,8 +108,52 @@ func TestHarnessServers(t *testing.T) {
 			t.Errorf("%s: %d bytes with another hash, %v", url, len(got), err)
 		}
 	}
-	if ftp.Saw("EPSV") != 2 || ftp.Saw("STOR") != 0 {
-		t.Errorf("the server saw %d EPSV and %d STOR, want 2 and 0", ftp.Saw("EPSV"), ftp.Saw("STOR"))
+	for _, srv := range []netip.Addr{lab.Srv4, lab.Srv6} {
+		c := loginFTP(t, l.Client, srv)
+		d, err := l.Client.Dial(t.Context(), "tcp", c.passive(t, srv).String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.send(t, "RETR file")
+		c.want(t, "150")
+		readFull(t, d, 300_000)
+		_ = d.Close()
+		c.want(t, "226")
+		c.quit(t)
+	}
+	if ftp.Saw("EPSV") != 3 || ftp.Saw("PASV") != 1 || ftp.Saw("STOR") != 0 {
+		t.Errorf("the server saw %d EPSV and %d STOR, want 3 and 0", ftp.Saw("EPSV"), ftp.Saw("STOR"))
+	}
+}
+
+func TestHarnessStream(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t)
+	plainRouter(l)
+	l.Srv.Stream(9000)
+	d := startDownload(l, netip.AddrPortFrom(lab.Srv6, 9000))
+	d.moves(t, 4<<20)
+	l.GW.Run("nft", "add chain inet count stop { type filter hook forward priority 5; policy drop; }")
+	d.stands(t)
+	l.GW.Run("nft", "delete", "chain", "inet", "count", "stop")
+	d.moves(t, 4<<20)
+}
+
+// A route that is narrower than the ends believe: what TestB63 stands on.
+func TestHarnessPathMTU(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t)
+	plainRouter(l)
+	l.Srv.EchoTCP(7)
+	narrow(l)
+	inside := l.Client.Capture()
+	both(t, func(t *testing.T, srv, _ netip.Addr) { upload(t, l, netip.AddrPortFrom(srv, 7)) })
+	for _, proto := range []string{"icmp", "icmpv6"} {
+		if len(lab.Select(inside.Peek(), func(s lab.Seen) bool {
+			return s.Proto == proto && (s.ICMPType == 3 && s.ICMPCode == 4 || s.ICMPType == 2)
+		})) == 0 {
+			t.Errorf("no %s error was needed: the way out is not narrow", proto)
+		}
 	}
 }
 

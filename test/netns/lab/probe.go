@@ -27,19 +27,18 @@ import (
 //
 // Ops, and the fields of Args that they read:
 //
-//	on        kind, do: what the next events of a kind get: pass | deny | hold | attach | fail | panic; chain: tag for attach; priority
-//	answer    event, do, chain, priority
-//	redirect  session, proto, targets, flags, external, timeout_ms   -> action ids, addr
-//	future    session, proto, targets (one), flags, timeout_ms       -> action ids
-//	allow     session, proto, addr, sources, flags                   -> already
-//	bind      session, proto, client, sources, flags                 -> conn, addr
-//	filter    conn, sources                                          -> -      (SetIPFilter)
-//	kill      conn                                                   -> -
-//	cancel    action                                                 -> -
-//	pause     conn, on: the attached data filter stops reading       -> -
-//	sessions                                                         -> sessions
-//	disconnect session                                               -> -
-//	count     kind                                                   -> count
+//	on       kind, do: what the next events of a kind get: pass | deny | hold |
+//	         attach | fail | panic; chain: what an attached data filter puts in
+//	         front of each direction's first bytes; priority: its class
+//	answer   event, do, chain, priority: for one event that is held
+//	future   session, conn (the primary), proto, targets, flags, timeout_ms -> actions
+//	bind     session, conn (the primary), proto, client, sources, flags, timeout_ms -> conn, addr
+//	filter   conn, sources: SetIPFilter
+//	kill     conn
+//	cancel   action
+//	pause    conn, on: the attached data filter stops reading
+//	count    kind -> count
+//	sessions -> sessions
 type ProbeRequest struct {
 	ID   uint64    `json:"id"`
 	Op   string    `json:"op"`
@@ -57,9 +56,7 @@ type ProbeArgs struct {
 	Conn      uint64   `json:"conn,omitempty"`
 	Action    uint64   `json:"action,omitempty"`
 	Proto     string   `json:"proto,omitempty"`
-	Addr      string   `json:"addr,omitempty"`
 	Client    string   `json:"client,omitempty"`
-	External  string   `json:"external,omitempty"`
 	Targets   []string `json:"targets,omitempty"`
 	Sources   []string `json:"sources"` // null: everybody
 	Flags     []string `json:"flags,omitempty"`
@@ -75,7 +72,6 @@ type ProbeReply struct {
 	Addr     string         `json:"addr,omitempty"`
 	Conn     uint64         `json:"conn,omitempty"`
 	Actions  []uint64       `json:"actions,omitempty"`
-	Already  bool           `json:"already,omitempty"`
 	Count    int            `json:"count,omitempty"`
 	Sessions []ProbeSession `json:"sessions,omitempty"`
 }
@@ -84,7 +80,6 @@ type ProbeReply struct {
 type ProbeSession struct {
 	ID     uint64 `json:"id"`
 	Client string `json:"client"`
-	User   string `json:"user,omitempty"`
 }
 
 // ProbeEvent is one call of the filter. Kind is the event's type in filterapi:
@@ -98,7 +93,6 @@ type ProbeEvent struct {
 	Secondary bool   `json:"secondary,omitempty"`
 	Src       string `json:"src,omitempty"`
 	Dst       string `json:"dst,omitempty"`
-	Context   string `json:"context,omitempty"`
 	FromSide  string `json:"from_side,omitempty"` // of Bytes: internal or external
 	Data      []byte `json:"data,omitempty"`
 }
