@@ -1,0 +1,245 @@
+package kernelpath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	rtnl "github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Why an address has no route. The errors of Routes.Lookup match one of them.
+var (
+	ErrNoRoute     = errors.New("network is unreachable")        // no route
+	ErrUnreachable = errors.New("host is unreachable")           // a route of type unreachable
+	ErrProhibited  = errors.New("administratively prohibited")   // a route of type prohibit
+	ErrBlackhole   = errors.New("silently dropped by its route") // a route of type blackhole
+)
+
+// maxRoutes bounds the cache, some 100 bytes an entry. A full one is emptied:
+// what is in use comes back with one question each.
+const maxRoutes = 16384
+
+// Routes answers where an address is reached, as the kernel's tables say. It
+// implements engine.Routes. Safe for concurrent use.
+//
+// Answers are cached while Run listens to the kernel's changes, and only then.
+type Routes struct {
+	handle *rtnl.Handle
+	events *netlink.Conn
+	routes atomic.Pointer[routeCache] // nil: no cache
+	names  atomic.Pointer[nameCache]
+}
+
+// routeCache holds the answers between two changes. An answer that was asked
+// for before a change ends in the cache that the change has thrown away.
+type routeCache struct {
+	mu     sync.RWMutex
+	byAddr map[netip.Addr]routeAnswer
+}
+
+type nameCache struct {
+	mu      sync.RWMutex
+	byIndex map[int]string
+}
+
+type routeAnswer struct {
+	iface  string
+	source netip.Addr
+	local  bool
+	err    error
+}
+
+// routeGroups are the changes that make answers stale
+// (enum rtnetlink_groups, linux/rtnetlink.h).
+var routeGroups = []uint32{
+	unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE,
+	unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE, unix.RTNLGRP_NEXTHOP,
+}
+
+// NewRoutes opens its sockets in the network namespace of the calling thread.
+func NewRoutes() (*Routes, error) {
+	handle, err := rtnl.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("open route netlink socket: %w", err)
+	}
+	events, err := netlink.Dial(unix.NETLINK_ROUTE, nil)
+	if err != nil {
+		handle.Close()
+		return nil, fmt.Errorf("open route netlink socket: %w", err)
+	}
+	r := &Routes{handle: handle, events: events}
+	for _, g := range routeGroups {
+		if err := events.JoinGroup(g); err != nil {
+			r.Close()
+			return nil, fmt.Errorf("listen to route changes: %w", err)
+		}
+	}
+	return r, nil
+}
+
+// Close frees the sockets; lookups fail from then on.
+func (r *Routes) Close() error {
+	r.routes.Store(nil)
+	r.names.Store(nil)
+	r.handle.Close()
+	return r.events.Close()
+}
+
+// Run keeps the cache true until ctx is over, which is no error.
+func (r *Routes) Run(ctx context.Context) error {
+	defer r.routes.Store(nil)
+	defer r.names.Store(nil)
+	in, err := newRawReader(r.events, 64<<10)
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { r.events.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	r.forget(true)
+	for {
+		datagram, err := in.read()
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, unix.ENOBUFS):
+			r.forget(true)
+		case err != nil:
+			return fmt.Errorf("read route changes: %w", err)
+		default:
+			r.forget(tellsLink(datagram))
+		}
+	}
+}
+
+func tellsLink(datagram []byte) bool {
+	for {
+		m, rest, ok := nextMessage(datagram)
+		if !ok {
+			return false
+		}
+		if m.kind == unix.RTM_NEWLINK || m.kind == unix.RTM_DELLINK {
+			return true
+		}
+		datagram = rest
+	}
+}
+
+func (r *Routes) forget(links bool) {
+	if links {
+		r.names.Store(&nameCache{byIndex: make(map[int]string)})
+	}
+	r.routes.Store(&routeCache{byAddr: make(map[netip.Addr]routeAnswer)})
+}
+
+// Lookup gives the interface that leads to dst, for a packet without a mark,
+// and the source address that the route prefers (invalid where the kernel
+// names none); local says that dst is the gateway's own. A zone in dst names
+// the interface. Errors match ErrNoRoute, ErrUnreachable, ErrProhibited or
+// ErrBlackhole, unless the question itself failed.
+func (r *Routes) Lookup(dst netip.Addr) (iface string, source netip.Addr, local bool, err error) {
+	dst = dst.Unmap()
+	cache := r.routes.Load()
+	if cache != nil {
+		cache.mu.RLock()
+		a, ok := cache.byAddr[dst]
+		cache.mu.RUnlock()
+		if ok {
+			return a.iface, a.source, a.local, a.err
+		}
+	}
+	a, keep := r.ask(dst)
+	if cache != nil && keep {
+		cache.mu.Lock()
+		if len(cache.byAddr) >= maxRoutes {
+			clear(cache.byAddr)
+		}
+		cache.byAddr[dst] = a
+		cache.mu.Unlock()
+	}
+	return a.iface, a.source, a.local, a.err
+}
+
+// ask asks the kernel. keep: the answer is about the route, and holds until
+// the next change.
+func (r *Routes) ask(dst netip.Addr) (a routeAnswer, keep bool) {
+	fail := func(err error, keep bool) (routeAnswer, bool) {
+		return routeAnswer{err: fmt.Errorf("look up route to %s: %w", dst, err)}, keep
+	}
+	if !dst.IsValid() {
+		return fail(ErrNoRoute, false)
+	}
+	found, err := r.handle.RouteGetWithOptions(dst.AsSlice(), &rtnl.RouteGetOptions{Oif: dst.Zone()})
+	if err != nil {
+		if known := routeError(err); known != nil {
+			return fail(known, true)
+		}
+		return fail(err, false)
+	}
+	if len(found) == 0 {
+		return fail(ErrNoRoute, false)
+	}
+	route := found[0]
+	// IPv6 tells routes that lead nowhere as an answer of that type.
+	switch route.Type {
+	case unix.RTN_UNREACHABLE:
+		return fail(ErrUnreachable, true)
+	case unix.RTN_PROHIBIT:
+		return fail(ErrProhibited, true)
+	case unix.RTN_BLACKHOLE:
+		return fail(ErrBlackhole, true)
+	}
+	if a.iface, err = r.InterfaceName(route.LinkIndex); err != nil {
+		return fail(err, false)
+	}
+	a.source, _ = netip.AddrFromSlice(route.Src)
+	a.source = a.source.Unmap()
+	a.local = route.Type == unix.RTN_LOCAL
+	return a, true
+}
+
+// routeError reads what RTM_GETROUTE says of a route that leads nowhere
+// (fib_props in net/ipv4/fib_semantics.c).
+func routeError(err error) error {
+	switch {
+	case errors.Is(err, unix.ENETUNREACH):
+		return ErrNoRoute
+	case errors.Is(err, unix.EHOSTUNREACH):
+		return ErrUnreachable
+	case errors.Is(err, unix.EACCES):
+		return ErrProhibited
+	case errors.Is(err, unix.EINVAL):
+		return ErrBlackhole
+	}
+	return nil
+}
+
+// InterfaceName names the interface with this index, which packets carry.
+func (r *Routes) InterfaceName(index int) (string, error) {
+	cache := r.names.Load()
+	if cache != nil {
+		cache.mu.RLock()
+		name, ok := cache.byIndex[index]
+		cache.mu.RUnlock()
+		if ok {
+			return name, nil
+		}
+	}
+	link, err := r.handle.LinkByIndex(index)
+	if err != nil {
+		return "", fmt.Errorf("name interface %d: %w", index, err)
+	}
+	name := link.Attrs().Name
+	if cache != nil {
+		cache.mu.Lock()
+		cache.byIndex[index] = name
+		cache.mu.Unlock()
+	}
+	return name, nil
+}
