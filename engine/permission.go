@@ -174,15 +174,10 @@ func (e *Engine) usedUp(p *permission) {
 	if !p.installed {
 		return
 	}
-	exact := !p.ToUser && !p.AnySource && len(p.Sources) <= 1 // the kernel used it up itself
 	var err error
-	switch {
-	case p.leased && exact:
-	case p.leased:
+	if p.leased {
 		err = e.kernel.Install(context.Background(), p.closed())
-	case exact:
-		p.installed = false
-	default:
+	} else {
 		err = e.kernel.Remove(context.Background(), p.Permission)
 		p.installed = false
 	}

@@ -1,0 +1,28 @@
+package main
+
+import "fmt"
+
+// Counters implements control.Gateway.
+func (g *gateway) Counters() map[string]uint64 {
+	q, t, u, w := g.queues.Stats(), g.tcp.Stats(), g.udp.Stats(), g.watch.Stats()
+	m := map[string]uint64{
+		"queue.packets": q.Packets, "queue.decisions": q.Decisions, "queue.absorbed": q.Absorbed, "queue.held": q.Held,
+		"queue.dropped": q.Dropped, "queue.requeued": q.Requeued, "queue.late": q.Late, "queue.enobufs": q.NoBuffers,
+		"queue.reopened": q.Reopened, "queue.over_held": q.OverHeld, "queue.over_dials": q.OverDials,
+		"queue.overload": q.Overload, "queue.malformed": q.Malformed, "queue.lost": q.Lost, "queue.gone": q.Gone,
+		"queue.refused": q.Refused, "queue.unsent": q.Unsent, "queue.flows": uint64(q.Flows), "queue.dials": uint64(q.Dials),
+		"tcp.flows": uint64(t.Flows), "tcp.unknown": t.Unknown, "tcp.expired": t.Expired,
+		"tcp.accept_errors": t.AcceptErrors, "tcp.filter_failures": t.FilterFailures,
+		"udp.flows": uint64(u.Flows), "udp.sockets": uint64(u.Sockets), "udp.unknown_peer": u.UnknownPeer,
+		"udp.no_flow": u.NoFlow, "udp.oversize": u.Oversize, "udp.link_full": u.LinkFull, "udp.send_lost": u.SendLost,
+		"udp.refused": u.Refused, "udp.errors_sent": u.ErrorsSent, "udp.errors_limited": u.ErrorsLimited,
+		"conntrack.events": w.Events, "conntrack.losses": w.Losses, "conntrack.malformed": w.Malformed,
+		"reports.losses": g.reports.Lost(),
+	}
+	for _, d := range q.Queues {
+		m[fmt.Sprintf("queue.%d.depth", d.Number)] = uint64(d.Depth)
+		m[fmt.Sprintf("queue.%d.full", d.Number)] = d.Full
+		m[fmt.Sprintf("queue.%d.missed", d.Number)] = d.Missed
+	}
+	return m
+}

@@ -1,0 +1,238 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/sluicegw/sluice/config"
+	"github.com/sluicegw/sluice/control"
+	"github.com/sluicegw/sluice/engine"
+	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/kernelpath"
+	"github.com/sluicegw/sluice/nat"
+	"github.com/sluicegw/sluice/policy"
+	"github.com/sluicegw/sluice/userpath"
+)
+
+// gateway is a running gateway: the rooms, wired. It implements
+// control.Gateway and engine.Kernel.
+type gateway struct {
+	*kernelpath.Table // Install, Remove
+	file              string
+	filters           []filterapi.Filter
+	log               *zap.Logger
+	facts             kernelFacts
+	bits              flow.Marks      // of the configuration that it was started with
+	lost              <-chan struct{} // conntrack's reports were lost
+
+	routes  *kernelpath.Routes
+	cutter  *kernelpath.Cutter
+	watch   *kernelpath.Watch
+	reports *kernelpath.Reports
+	engine  *engine.Engine
+	queues  *userpath.Queues
+	tcp     *userpath.TCP
+	udp     *userpath.UDP
+
+	change sync.Mutex // one change of the policy at a time
+	cfg    *config.Config
+	policy *policy.Policy
+}
+
+// Cut implements engine.Kernel.
+func (g *gateway) Cut(ctx context.Context, t ...flow.Tuple) error { return g.cutter.Cut(ctx, t...) }
+
+// takeovers joins TCP and UDP for the queues.
+type takeovers struct {
+	tcp *userpath.TCP
+	udp *userpath.UDP
+}
+
+func (t takeovers) TCP(ctx context.Context, x *engine.Takeover) flow.Path {
+	return t.tcp.Takeover(ctx, x)
+}
+
+func (t takeovers) UDP(ctx context.Context, x *engine.Takeover) flow.Path {
+	return t.udp.Takeover(ctx, x)
+}
+
+// apply puts a policy in force: first in the kernel, then in the engine. On
+// error the running one stays. g.change is held.
+func (g *gateway) apply(cfg *config.Config, p *policy.Policy) error {
+	r, err := buildRuleset(cfg, p, g.facts)
+	if err != nil {
+		return err
+	}
+	if err := g.Load(r); err != nil {
+		return err
+	}
+	g.engine.SetPolicy(p)
+	g.cfg, g.policy = cfg, p
+	return nil
+}
+
+// Reload implements control.Gateway.
+func (g *gateway) Reload(ctx context.Context) error {
+	g.change.Lock()
+	defer g.change.Unlock()
+	err := g.reload(ctx)
+	if err != nil {
+		g.log.Error("reload refused; the running policy stays", zap.Error(err))
+		return err
+	}
+	g.log.Info("reloaded", zap.Int("rules", len(g.policy.Rules())))
+	return nil
+}
+
+func (g *gateway) reload(ctx context.Context) error {
+	next, err := config.Load(g.file, parsers(g.filters))
+	if err != nil {
+		return err
+	}
+	if what := needsRestart(g.cfg, next); what != "" {
+		return fmt.Errorf("%s: %s cannot change while the gateway runs; restart it", g.file, what)
+	}
+	if err := g.apply(next, next.Policy); err != nil {
+		return err
+	}
+	return g.recheck(ctx)
+}
+
+// recheck ends the living flows that the policy in force no longer allows.
+func (g *gateway) recheck(ctx context.Context) error {
+	living, err := kernelpath.Dump(ctx, g.bits, flow.Kernel)
+	if err != nil {
+		return fmt.Errorf("look at the living flows: %w", err)
+	}
+	tuples := make([]flow.Tuple, 0, len(living))
+	for _, f := range living {
+		tuples = append(tuples, f.Tuple)
+	}
+	return g.engine.Recheck(ctx, tuples)
+}
+
+// needsRestart names a section that differs and that only a new process can
+// take up.
+func needsRestart(a, b *config.Config) string {
+	switch {
+	case a.Queue.Form != b.Queue.Form || a.Queue.First != b.Queue.First || a.Queue.Number != b.Queue.Number || a.Queue.Length != b.Queue.Length:
+		return "queue"
+	case a.Marks != b.Marks:
+		return "marks"
+	case a.Ports != b.Ports:
+		return "ports"
+	case a.Control != b.Control:
+		return "control"
+	case a.Log != b.Log:
+		return "log"
+	}
+	return ""
+}
+
+// SetNoKernelMode implements control.Gateway.
+func (g *gateway) SetNoKernelMode(_ context.Context, rule string, on bool) error {
+	g.change.Lock()
+	defer g.change.Unlock()
+	if g.policy.Rule(rule) == nil {
+		return fmt.Errorf("%w: %q", control.ErrNoRule, rule)
+	}
+	next, err := g.policy.With(rule, on)
+	if err != nil {
+		return err
+	}
+	if err := g.apply(g.cfg, next); err != nil {
+		return err
+	}
+	g.log.Info("rule switched", zap.String("rule", rule), zap.Bool("no_kernel_mode", on))
+	return nil
+}
+
+// Rules implements control.Gateway.
+func (g *gateway) Rules() []control.Rule {
+	rules := g.engine.Policy().Rules()
+	out := make([]control.Rule, 0, len(rules))
+	for _, r := range rules {
+		c := control.Rule{
+			Name: r.Name, Action: "deny", From: r.From, To: r.To, Protocols: r.Protocols,
+			NoKernelMode: r.NoKernelMode, Decided: "kernel",
+		}
+		if r.Action == policy.Allow {
+			c.Action = "allow"
+		}
+		for _, f := range r.Filters {
+			c.Filters = append(c.Filters, f.Name)
+		}
+		if r.NoKernelMode || len(r.Filters) > 0 {
+			c.Decided = "user space"
+		}
+		out = append(out, c)
+	}
+	return out
+}
+
+// Flows implements control.Gateway.
+func (g *gateway) Flows(ctx context.Context) ([]control.Flow, error) {
+	living, err := kernelpath.Dump(ctx, g.bits, flow.Kernel)
+	if err != nil {
+		return nil, fmt.Errorf("list the kernel's flows: %w", err)
+	}
+	out := make([]control.Flow, 0, len(living))
+	for _, f := range living {
+		i := g.engine.Describe(f.Tuple, f.Start)
+		i.Translation = f.Translation
+		c := control.FlowOf(i)
+		c.Counts, c.Offloaded = &f.Counts, f.Offloaded()
+		out = append(out, c)
+	}
+	for _, i := range g.engine.Flows() {
+		if i.Path == flow.User {
+			out = append(out, control.FlowOf(i))
+		}
+	}
+	return out, nil
+}
+
+// Permissions implements control.Gateway.
+func (g *gateway) Permissions() []control.Permission {
+	all := g.engine.Permissions()
+	out := make([]control.Permission, 0, len(all))
+	for _, p := range all {
+		out = append(out, control.PermissionOf(p))
+	}
+	return out
+}
+
+// resync follows a loss of conntrack's reports.
+func (g *gateway) resync(ctx context.Context) {
+	since := time.Now()
+	living, err := kernelpath.Dump(ctx, g.bits, flow.Kernel)
+	if err != nil {
+		g.log.Error("resync with conntrack failed", zap.Error(err))
+		return
+	}
+	alive := make(map[flow.Tuple]bool, len(living))
+	for _, f := range living {
+		alive[f.Tuple] = true
+	}
+	g.engine.Resync(alive, since)
+}
+
+// kernelEnded turns conntrack's report into the end of a flow.
+func (g *gateway) kernelEnded(f kernelpath.KernelFlow) {
+	end := flow.End{
+		Tuple: f.Tuple, Translation: f.Translation, Path: flow.Kernel,
+		Start: f.Start, Stop: f.Stop, Counts: f.Counts, Result: flow.Closed,
+	}
+	if g.bits.IsCut(f.Mark) {
+		end.Result = flow.CutByPolicy
+	}
+	g.engine.KernelEnded(end)
+}
+
+// portBusy says whether the gateway's own host uses a port, by trying it.
+func portBusy(e nat.Endpoint) bool { return userpath.PortBusy(e.Proto, e.Addr) }

@@ -1,0 +1,230 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicegw/sluice/config"
+	"github.com/sluicegw/sluice/control"
+	"github.com/sluicegw/sluice/engine"
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/kernelpath"
+	"github.com/sluicegw/sluice/nat"
+	"github.com/sluicegw/sluice/userpath"
+)
+
+func runCommand() *cobra.Command {
+	var file string
+	var force bool
+	c := &cobra.Command{
+		Use:   "run",
+		Short: "run the gateway until it is interrupted; SIGHUP reloads",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			filters := builtin()
+			cfg, err := config.Load(file, parsers(filters))
+			if err != nil {
+				return err
+			}
+			log, err := newLogger(cfg.Log)
+			if err != nil {
+				return err
+			}
+			defer func() { _ = log.Sync() }() // stderr cannot be synced everywhere
+			g := &gateway{file: file, filters: filters, log: log, cfg: cfg, policy: cfg.Policy, bits: cfg.Marks.Bits}
+			return g.run(cmd.Context(), force)
+		},
+	}
+	c.Flags().StringVarP(&file, "config", "c", defaultConfig, "configuration file")
+	c.Flags().BoolVar(&force, "force", false, "start even if the rules cut the connection that this was started over")
+	return c
+}
+
+// run climbs the ladder: probe, prepare the machine, open what waits for
+// flows, load the table, and then the tasks. Each rung that needs it leaves
+// its way down in undo. What the kernel carries goes on when the gateway has
+// stopped; `gateway down` ends that.
+func (g *gateway) run(ctx context.Context, force bool) error {
+	features, err := kernelpath.Probe()
+	if err != nil {
+		return err
+	}
+	if err := g.choose(features); err != nil {
+		return err
+	}
+	if g.routes, err = kernelpath.NewRoutes(); err != nil {
+		return err
+	}
+	if err := g.keepAdmin(os.Getenv("SSH_CONNECTION"), force); err != nil {
+		return err
+	}
+	if err := g.prepareMachine(); err != nil {
+		return err
+	}
+	var undo ladder
+	defer undo.down()
+	if err := g.open(&undo); err != nil {
+		return err
+	}
+	if err := g.FlushPermissions(); err != nil {
+		return fmt.Errorf("void the permissions of an earlier run: %w", err)
+	}
+	g.change.Lock()
+	err = g.apply(g.cfg, g.policy)
+	g.change.Unlock()
+	if err != nil {
+		return err
+	}
+	server, err := control.Listen(g.cfg.Control.Socket, g, g.log)
+	if err != nil {
+		return err
+	}
+	g.warnForeign()
+	g.log.Info("ready", zap.String("config", g.file), zap.Int("rules", len(g.policy.Rules())),
+		zap.Bool("queue_native", g.facts.native), zap.Bool("flowtable", g.facts.flowtable && g.cfg.Flowtable))
+	return g.tasks(ctx, server)
+}
+
+// ladder is what has been opened, and how to close it, last first.
+type ladder []func()
+
+func (l *ladder) add(f func()) { *l = append(*l, f) }
+
+func (l *ladder) down() {
+	for i := len(*l) - 1; i >= 0; i-- {
+		(*l)[i]()
+	}
+}
+
+// open opens everything that flows can come to; nothing comes before the table
+// is loaded.
+func (g *gateway) open(undo *ladder) (err error) {
+	m := g.cfg.Marks
+	if g.tcp, err = userpath.NewTCP(userpath.TCPConfig{Marks: m.Bits, Log: g.log.Named("tcp")}); err != nil {
+		return err
+	}
+	g.facts.tproxyPort = g.tcp.Port()
+	if g.udp, err = userpath.NewUDP(userpath.UDPConfig{
+		Marks: m.Bits, Log: g.log.Named("udp"), Port: g.tcp.Port(),
+		Decide: func(ctx context.Context, p flow.Packet) engine.Decision { return g.engine.Decide(ctx, p) },
+	}); err != nil {
+		return err
+	}
+	if g.Table, err = kernelpath.Open(0, g.log.Named("table")); err != nil {
+		return err
+	}
+	undo.add(func() { _ = g.Table.Close() })
+	if g.cutter, err = kernelpath.NewCutter(kernelpath.CutConfig{Marks: m.Bits, Unoffload: g.unoffload(), Logger: g.log.Named("cut")}); err != nil {
+		return err
+	}
+	undo.add(func() { _ = g.cutter.Close() })
+	ports := nat.NewAllocator(g.cfg.Ports.Leases, portBusy, time.Now)
+	if g.engine, err = engine.New(engine.Config{
+		Policy: g.policy, Filters: g.filters, Kernel: g, Routes: g.routes, Ports: ports, Log: g.log,
+	}); err != nil {
+		return err
+	}
+	undo.add(g.engine.Stop)
+	lost := make(chan struct{}, 1)
+	g.lost = lost
+	if g.watch, err = kernelpath.NewWatch(m.Bits, g.kernelEnded, func() {
+		select {
+		case lost <- struct{}{}:
+		default:
+		}
+	}); err != nil {
+		return err
+	}
+	if g.reports, err = kernelpath.NewReports(m.LogGroup, g.ifaceName, g.engine.KernelUsed, g.engine.KernelDenied); err != nil {
+		return err
+	}
+	g.queues, err = userpath.OpenQueues(g.queueConfig())
+	return err
+}
+
+func (g *gateway) queueConfig() userpath.QueueConfig {
+	q := g.cfg.Queue
+	return userpath.QueueConfig{
+		First: q.First, Number: int(q.Number),
+		FirstOpen: q.FirstOpen(), NumberOpen: int(q.Number),
+		FirstHolding: q.FirstHolding(), NumberHolding: int(q.Number),
+		Marks: g.bits, Logger: g.log.Named("queue"), Length: q.Length,
+		Decide: g.engine.Decide, Takeovers: takeovers{g.tcp, g.udp}, IfaceName: g.ifaceName,
+	}
+}
+
+func (g *gateway) ifaceName(index int) string {
+	name, err := g.routes.InterfaceName(index)
+	if err != nil {
+		return "" // gone meanwhile: the flow is judged by its source's route
+	}
+	return name
+}
+
+// tasks run until ctx ends or one of them fails.
+func (g *gateway) tasks(ctx context.Context, server *control.Server) error {
+	group, ctx := errgroup.WithContext(ctx)
+	task := func(name string, run func(context.Context) error) {
+		group.Go(func() error {
+			if err := run(ctx); err != nil && !errors.Is(err, context.Canceled) {
+				g.log.Error("task failed", zap.String("task", name), zap.Error(err))
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			return nil
+		})
+	}
+	task("routes", g.routes.Run)
+	task("conntrack", g.watch.Run)
+	task("cut", g.cutter.Run)
+	task("reports", g.reports.Run)
+	task("tcp", g.tcp.Run)
+	task("udp", g.udp.Run)
+	task("queues", g.queues.Run)
+	task("control", server.Run)
+	task("hangup", g.reloadOnHangup)
+	task("resync", g.resyncOnLoss)
+	task("links", g.followLinks)
+	err := group.Wait()
+	g.log.Info("stopped; what the kernel carries goes on until `gateway down`")
+	return err
+}
+
+func (g *gateway) reloadOnHangup(ctx context.Context) error {
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, unix.SIGHUP)
+	defer signal.Stop(hup)
+	for {
+		select {
+		case <-hup:
+			_ = g.Reload(ctx) // it logs
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+func (g *gateway) resyncOnLoss(ctx context.Context) error {
+	for {
+		select {
+		case <-g.lost:
+			g.resync(ctx)
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// The gateway is what its rooms ask for.
+var (
+	_ engine.Kernel   = (*gateway)(nil)
+	_ control.Gateway = (*gateway)(nil)
+)
