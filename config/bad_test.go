@@ -144,7 +144,7 @@ func TestHostile(t *testing.T) {
 		if _, err := Parse("f", []byte(text), known); err == nil {
 			t.Errorf("%.10q... was taken", text)
 		}
-		if took := time.Since(start); took > 5*time.Second {
+		if took := time.Since(start); took > 30*time.Second {
 			t.Errorf("%.10q... took %v", text, took)
 		}
 	}
