@@ -280,7 +280,7 @@ func TestAllowFutureConnect(t *testing.T) {
 	if _, err := ask("203.0.113.10:0", 0); !errors.Is(err, filterapi.ErrInvalidArgument) {
 		t.Errorf("port 0: %v", err)
 	}
-	if _, err := ask("203.0.113.10:2000", filterapi.AddressBased); !errors.Is(err, filterapi.ErrInvalidArgument) {
+	if _, err := ask("203.0.113.10:2000", 1<<15); !errors.Is(err, filterapi.ErrInvalidArgument) {
 		t.Errorf("flag that is not there: %v", err)
 	}
 	act, err := ask("203.0.113.10:2000", filterapi.Timeout)

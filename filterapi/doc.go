@@ -78,7 +78,6 @@
 //	  fwx_Bind_Tcp, fwx_Bind_Udp          BindTCP, BindUDP, BindEvent
 //	  fwx_Listen                          Listen, ListenEvent
 //	  fwx_AcceptedConnection              Accepted, AcceptEvent
-//	  fwx_EstablishedConnection           EstablishedEvent
 //	  fwx_ConnectionTerminating           Terminating, TerminatingEvent
 //	  PerRuleProcessedData                About.Options, OptionsParser
 //	  IsSecondary                         About.Secondary
@@ -106,7 +105,6 @@
 //	FWX_FLAG_ALLOW_MULTIPLE               AllowMultiple
 //	FWX_FLAG_TIMEOUT                      Timeout, and Expiry
 //	FWX_FLAG_NO_KERNEL_MODE               NoKernelMode
-//	FWX_FLAG_ADDRESS_BASED                AddressBased
 //	FWX_FLAG_ALLOW_ADDRESSES_IN_CLASS_C_NETWORK  ToSameNet
 //	FWX_FLAG_ALLOW_ADDRESSES_IN_NETWORK   ToSameNetwork
 //	FWX_FLAG_ALLOW_ADDRESSES_ALL          ToAll

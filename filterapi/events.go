@@ -41,8 +41,7 @@ type Events struct {
 // this package. It is valid until the handler returns; the Connection in it
 // lives on.
 type Event interface {
-	// Kind is the bit of this event; 0 for EstablishedEvent, which cannot be
-	// registered for.
+	// Kind is the bit of this event.
 	Kind() EventMask
 }
 
@@ -99,17 +98,6 @@ type AcceptEvent struct {
 	Remote, Local netip.AddrPort
 }
 
-// EstablishedEvent goes to the session filter that passed itself to
-// AllowFutureConnect or BindForClient, and to no other, once for each
-// connection, when its handshake is complete (UDP: with the first datagram).
-// (FwxEstablishedConnectionEvent)
-type EstablishedEvent struct {
-	// Remote is the far end, Client the client's.
-	Remote, Client netip.AddrPort
-	// Context is what was given to the call.
-	Context any
-}
-
 // TerminatingEvent is the last event of a connection.
 // (FwxEndConnectionEvent)
 type TerminatingEvent struct{ Connection Connection }
@@ -124,5 +112,4 @@ func (e *BindEvent) Kind() EventMask {
 }
 func (*ListenEvent) Kind() EventMask      { return Listen }
 func (*AcceptEvent) Kind() EventMask      { return Accepted }
-func (*EstablishedEvent) Kind() EventMask { return 0 }
 func (*TerminatingEvent) Kind() EventMask { return Terminating }

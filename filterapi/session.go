@@ -20,9 +20,6 @@ const (
 	// NoKernelMode: each connection goes through user space, whether it needs
 	// to or not.
 	NoKernelMode
-	// AddressBased: the permission belongs to the client's address, not to
-	// its session.
-	AddressBased
 	// ToSameNet widens the allowed targets (or, for BindForClient, the client
 	// addresses) to the /24 (IPv4) or /64 (IPv6) of the primary connection's
 	// peer (or of the client). By default only that very host is allowed.
@@ -72,14 +69,11 @@ type FutureConnect struct {
 	Target netip.AddrPort
 	// Proto is flow.TCP or flow.UDP.
 	Proto flow.Proto
-	// Flags: AllowMultiple, Timeout, NoKernelMode, AddressBased, ToSameNet,
-	// ToSameNetwork, ToAll.
+	// Flags: AllowMultiple, Timeout, NoKernelMode, ToSameNet, ToSameNetwork,
+	// ToAll.
 	Flags Flags
 	// Expiry replaces DefaultTimeout with the Timeout flag; 0 keeps it.
 	Expiry time.Duration
-	// Notify, if not nil, gets an EstablishedEvent with Context.
-	Notify  SessionFilter
-	Context any
 }
 
 // Bind asks for a secondary inbound address.
@@ -99,9 +93,6 @@ type Bind struct {
 	Expiry time.Duration
 	// IPFilter says which sources may use it; nil: all, empty: none.
 	IPFilter *IPFilter
-	// Notify, if not nil, gets an EstablishedEvent with Context.
-	Notify  SessionFilter
-	Context any
 }
 
 // Action is a permission that waits for its use. (IFWXFirewallAction)

@@ -23,8 +23,6 @@ type permission struct {
 	multiple bool
 	expiry   time.Duration
 	timer    *time.Timer
-	notify   filterapi.SessionFilter
-	context  any
 	live     bool // the kernel has acknowledged it
 	gone     bool
 }
@@ -125,12 +123,6 @@ func (g *Gateway) use(proto flow.Proto, fits func(*permission) bool, remote, cli
 	g.mu.Unlock()
 	if !p.multiple {
 		g.journal.add(Entry{Used, text})
-	}
-	if p.notify != nil {
-		ev := &filterapi.EstablishedEvent{Remote: remote, Client: client, Context: p.context}
-		if err := g.handle(p.notify, ev); err != nil {
-			g.tb.Errorf("filtertest: established event: %v", err)
-		}
 	}
 	return p
 }

@@ -25,7 +25,7 @@ func (s *session) ClientAddr() netip.Addr { return s.addr }
 const (
 	reachFlags   = filterapi.ToSameNet | filterapi.ToSameNetwork | filterapi.ToAll
 	bindFlags    = filterapi.AllowMultiple | filterapi.Timeout | filterapi.NoKernelMode | reachFlags
-	connectFlags = bindFlags | filterapi.AddressBased
+	connectFlags = bindFlags
 )
 
 func (s *session) AllowFutureConnect(fc filterapi.FutureConnect) (filterapi.Action, error) {
@@ -33,7 +33,6 @@ func (s *session) AllowFutureConnect(fc filterapi.FutureConnect) (filterapi.Acti
 		gateway: s.gateway, session: s, proto: fc.Proto,
 		client: netip.AddrPortFrom(s.addr, 0), target: fc.Target,
 		multiple: fc.Flags&filterapi.AllowMultiple != 0, expiry: expiry(fc.Flags, fc.Expiry),
-		notify: fc.Notify, context: fc.Context,
 	}
 	switch {
 	case fc.Flags&^connectFlags != 0, !knownProto(fc.Proto), !fc.Target.IsValid(), fc.Target.Port() == 0, fc.Expiry < 0:
@@ -51,7 +50,7 @@ func (s *session) BindForClient(b filterapi.Bind) (filterapi.Connection, error) 
 	p := &permission{
 		gateway: s.gateway, session: s, proto: b.Proto, client: b.Client,
 		sources: b.IPFilter.Clone(), multiple: b.Flags&filterapi.AllowMultiple != 0,
-		expiry: expiry(b.Flags, b.Expiry), notify: b.Notify, context: b.Context,
+		expiry: expiry(b.Flags, b.Expiry),
 	}
 	switch {
 	case b.Flags&^bindFlags != 0, !knownProto(b.Proto), !b.Client.IsValid(), b.Client.Port() == 0, b.Expiry < 0:

@@ -206,7 +206,7 @@ func ipFilter(sources []string) (*filterapi.IPFilter, error) {
 
 var flagNames = map[string]filterapi.Flags{
 	"AllowMultiple": filterapi.AllowMultiple, "Timeout": filterapi.Timeout, "NoKernelMode": filterapi.NoKernelMode,
-	"AddressBased": filterapi.AddressBased, "ToSameNet": filterapi.ToSameNet,
+	"ToSameNet":     filterapi.ToSameNet,
 	"ToSameNetwork": filterapi.ToSameNetwork, "ToAll": filterapi.ToAll,
 }
 
