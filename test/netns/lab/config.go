@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -18,6 +19,8 @@ type Config struct {
 	NetworkRules string
 	// Networks adds to lan and wan.
 	Networks string
+	// Form is the queue form; empty: what the run forces, or auto.
+	Form string
 	// Queue adds settings under `queue:`, Extra adds top-level settings.
 	Queue, Extra string
 }
@@ -38,10 +41,7 @@ func (l *Lab) Text(c Config) string {
 	if c.Rules != "" {
 		b.WriteString("rules:\n" + block(c.Rules))
 	}
-	form := os.Getenv(envForm)
-	if form == "" {
-		form = "auto"
-	}
+	form := cmp.Or(c.Form, os.Getenv(envForm), "auto")
 	fmt.Fprintf(&b, "queue:\n  form: %s\n%s", form, block(c.Queue))
 	fmt.Fprintf(&b, "control:\n  socket: %s\n%s", filepath.Join(l.dir, "control"), block(c.Extra))
 	return b.String()

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -208,12 +209,29 @@ func (s Snapshot) Diff(after Snapshot) string {
 		if w, ok := after[k]; !ok {
 			fmt.Fprintf(&b, "%s is gone (was %q)\n", k, v)
 		} else if v != w {
-			fmt.Fprintf(&b, "%s was:\n%s\nis:\n%s\n", k, v, w)
+			fmt.Fprintf(&b, "%s has changed:\n%s", k, lineDiff(v, w))
 		}
 	}
 	for k, v := range after {
 		if _, ok := s[k]; !ok {
 			fmt.Fprintf(&b, "%s is new: %q\n", k, v)
+		}
+	}
+	return b.String()
+}
+
+// lineDiff names the lines that only one of two texts has.
+func lineDiff(before, after string) string {
+	var b strings.Builder
+	was, is := strings.Split(before, "\n"), strings.Split(after, "\n")
+	for _, s := range was {
+		if !slices.Contains(is, s) {
+			fmt.Fprintf(&b, "  - %s\n", s)
+		}
+	}
+	for _, s := range is {
+		if !slices.Contains(was, s) {
+			fmt.Fprintf(&b, "  + %s\n", s)
 		}
 	}
 	return b.String()
