@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicegw/sluice/engine"
 	"github.com/sluicegw/sluice/filterapi"
@@ -45,8 +46,6 @@ type hop interface {
 	// recv is Recv that gives up with errHandover when stop is closed; then no
 	// byte is lost.
 	recv(stop <-chan struct{}) (*filterapi.Buffer, error)
-	// deafen forgets what still comes from there; sending goes on.
-	deafen()
 	// handover says that nothing more is sent by this way, and that the
 	// stream goes on by another.
 	handover()
@@ -76,7 +75,7 @@ func (c *chain) start() {
 		if i == len(f.job.chain)-1 {
 			right = newNetSocket(f, external, pool)
 		} else {
-			ln := newLink(f.done)
+			ln := newLink(f.done, f.tcp.cfg.Linger)
 			c.links = append(c.links, ln)
 			right, next = ln.internal(), ln.external()
 		}
@@ -107,16 +106,18 @@ func (c *chain) wait() {
 // run is one filter's goroutine, and afterwards that of its relays.
 func (c *chain) run(l engine.Link, left, right hop) {
 	defer c.filters.Done()
-	err := c.pump(l, left, right)
+	in, out := newFilterSockets(left, right)
+	err := c.pump(l, in, out)
 	switch {
 	case err == nil:
 		left.Close(false)
 		right.Close(false)
 	case errors.Is(err, filterapi.ErrReleased):
+		in.revoked.close() // before the links carry the end of the relays
 		if c.left.Add(-1) == 0 {
 			close(c.released)
 		}
-		c.relay(left, right)
+		c.relay(in, out)
 	default:
 		c.failed(l, err)
 	}
@@ -135,6 +136,10 @@ func (c *chain) failed(l engine.Link, err error) {
 		return
 	default:
 	}
+	if errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, errCutByFilter) {
+		f.abort(flow.Reset, fmt.Sprintf("data filter %q: %v", l.Name, err)) // by another filter's doing
+		return
+	}
 	f.tcp.stats.filterFailures.Add(1)
 	if !errors.As(err, new(panicError)) {
 		f.tcp.log.Warn("data filter failed", zap.String("filter", l.Name), zap.Stringer("flow", f.job.tuple), zap.Error(err))
@@ -148,7 +153,7 @@ type panicError struct{ value any }
 func (e panicError) Error() string { return fmt.Sprintf("panic: %v", e.value) }
 
 // pump calls the filter.
-func (c *chain) pump(l engine.Link, internal, external hop) (err error) {
+func (c *chain) pump(l engine.Link, internal, external filterapi.Socket) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			c.f.tcp.log.Error("data filter panicked", zap.String("filter", l.Name),
@@ -160,16 +165,18 @@ func (c *chain) pump(l engine.Link, internal, external hop) (err error) {
 }
 
 // relay stands in for a filter that has released the flow.
-func (c *chain) relay(left, right hop) {
+func (c *chain) relay(in, out *filterSocket) {
 	var back sync.WaitGroup
-	back.Go(func() { c.relayTo(left, right) })
-	c.relayTo(right, left)
+	back.Go(func() { c.relayTo(in, out) })
+	c.relayTo(out, in)
 	back.Wait()
 }
 
-// relayTo hands buffers on from one hop to the next until the stream ends,
-// breaks, or goes on another way.
-func (c *chain) relayTo(dst, src hop) {
+// relayTo hands buffers on from one hop to the next, once the filter has
+// nothing in its hands, until the stream ends, breaks, or goes on another way.
+func (c *chain) relayTo(to, from *filterSocket) {
+	from.quiet(c.f.done, c.f.tcp.log)
+	dst, src := to.hop, from.hop
 	var stop <-chan struct{}
 	if _, ok := src.(*netSocket); ok {
 		stop = c.released
@@ -186,9 +193,6 @@ func (c *chain) relayTo(dst, src hop) {
 			return
 		case err == io.EOF:
 			dst.Shutdown(false)
-			return
-		case errors.Is(err, errDeaf):
-			src.deafen()
 			return
 		default:
 			src.Close(true)

@@ -1,9 +1,10 @@
 package userpath
 
 import (
-	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -13,20 +14,18 @@ import (
 // linkDepth is how many buffers a link holds in each direction.
 const linkDepth = 4
 
-// errDeaf is the error of sending to a filter that has closed its side.
-var errDeaf = fmt.Errorf("the next filter has closed: %w", unix.EPIPE)
-
 // link joins two data filters: a virtual socket for each. Buffers change
 // hands, nothing is copied.
 type link struct {
 	toExternal, toInternal *half
 }
 
-// newLink makes a link that fails when over is closed.
-func newLink(over <-chan struct{}) *link {
+// newLink makes a link that fails when over is closed. linger is how long a
+// filter that has closed may be sent to.
+func newLink(over <-chan struct{}, linger time.Duration) *link {
 	aborted := new(onceChan)
 	aborted.init()
-	return &link{newHalf(over, aborted), newHalf(over, aborted)}
+	return &link{newHalf(over, linger, aborted), newHalf(over, linger, aborted)}
 }
 
 // internal is the socket that the filter on the client's side has as its
@@ -61,10 +60,12 @@ type half struct {
 	endErr  error           // why; written before ended is closed
 	endOnce sync.Once
 	deaf    onceChan // the receiver has closed
+	until   atomic.Pointer[time.Time]
+	linger  time.Duration
 }
 
-func newHalf(over <-chan struct{}, aborted *onceChan) *half {
-	h := &half{queue: make(chan *filterapi.Buffer, linkDepth), over: over, aborted: aborted}
+func newHalf(over <-chan struct{}, linger time.Duration, aborted *onceChan) *half {
+	h := &half{queue: make(chan *filterapi.Buffer, linkDepth), over: over, aborted: aborted, linger: linger}
 	h.ended.init()
 	h.deaf.init()
 	return h
@@ -85,7 +86,9 @@ func (h *half) stopped() error {
 func (h *half) send(b *filterapi.Buffer) error {
 	err := h.stopped()
 	if err == nil && h.deaf.closed() {
-		err = errDeaf
+		err = h.ignored()
+		b.Release()
+		return err
 	}
 	if err == nil && h.ended.closed() {
 		err = unix.EPIPE
@@ -97,7 +100,7 @@ func (h *half) send(b *filterapi.Buffer) error {
 		case <-h.aborted.ch:
 			err = unix.ECONNRESET
 		case <-h.deaf.ch:
-			err = errDeaf
+			err = h.ignored()
 		case <-h.ended.ch: // Close by another goroutine of the same filter
 			err = unix.EPIPE
 		case <-h.over:
@@ -108,9 +111,14 @@ func (h *half) send(b *filterapi.Buffer) error {
 	return err
 }
 
-func (h *half) recv() (*filterapi.Buffer, error) {
+func (h *half) recv(stop <-chan struct{}) (*filterapi.Buffer, error) {
 	if err := h.stopped(); err != nil {
 		return nil, err
+	}
+	select {
+	case <-stop:
+		return nil, errHandover
+	default:
 	}
 	if h.deaf.closed() {
 		return nil, io.ErrClosedPipe
@@ -124,6 +132,8 @@ func (h *half) recv() (*filterapi.Buffer, error) {
 		return nil, unix.ECONNABORTED
 	case <-h.deaf.ch:
 		return nil, io.ErrClosedPipe
+	case <-stop:
+		return nil, errHandover
 	case <-h.ended.ch:
 	}
 	select { // what was sent before the end comes before it
@@ -143,6 +153,22 @@ func (h *half) end(err error) {
 	})
 }
 
+// ignored is the result of sending to a receiver that has closed: as at the
+// network ends, what still comes is forgotten, and is an error in the end.
+func (h *half) ignored() error {
+	if until := h.until.Load(); until != nil && time.Now().After(*until) {
+		return unix.EPIPE
+	}
+	return nil
+}
+
+// close is the receiver's.
+func (h *half) close() {
+	until := time.Now().Add(h.linger)
+	h.until.CompareAndSwap(nil, &until)
+	h.deaf.close()
+}
+
 // drain releases what is queued.
 func (h *half) drain() {
 	for {
@@ -158,9 +184,9 @@ func (h *half) drain() {
 // linkSocket is one end of a link. It implements filterapi.Socket.
 type linkSocket struct{ in, out *half }
 
-func (s *linkSocket) Recv() (*filterapi.Buffer, error) { return s.in.recv() }
+func (s *linkSocket) Recv() (*filterapi.Buffer, error) { return s.in.recv(nil) }
 
-func (s *linkSocket) recv(<-chan struct{}) (*filterapi.Buffer, error) { return s.in.recv() }
+func (s *linkSocket) recv(stop <-chan struct{}) (*filterapi.Buffer, error) { return s.in.recv(stop) }
 
 func (s *linkSocket) Send(b *filterapi.Buffer) error { return s.out.send(b) }
 
@@ -179,8 +205,6 @@ func (s *linkSocket) Close(abortive bool) error {
 	if err := s.Shutdown(abortive); err != nil || abortive {
 		return err
 	}
-	s.deafen()
+	s.in.close()
 	return nil
 }
-
-func (s *linkSocket) deafen() { s.in.deaf.close() }

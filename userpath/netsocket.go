@@ -151,17 +151,15 @@ func (e *tcpEnd) io(call func(int, []byte) (int, error), p []byte) (int, error) 
 
 // wasReset tells an end of stream from a reset whose error another goroutine
 // has taken by its send: without a FIN of ours, only a reset closes a socket.
+// shut is looked at last: it is set before the FIN is sent.
 func (e *tcpEnd) wasReset() bool {
-	if e.shut.Load() {
-		return false // nobody sends any more
-	}
 	e.mu.RLock()
 	defer e.mu.RUnlock()
 	if e.gone {
 		return false
 	}
 	info, err := unix.GetsockoptTCPInfo(e.fd, unix.SOL_TCP, unix.TCP_INFO)
-	return err == nil && info.State == tcpStateClose
+	return err == nil && info.State == tcpStateClose && !e.shut.Load()
 }
 
 // tcpStateClose is TCP_CLOSE in the kernel's include/net/tcp_states.h.
@@ -204,17 +202,13 @@ func (n *netSocket) Close(abortive bool) error {
 	if err := n.Shutdown(abortive); err != nil || abortive {
 		return err
 	}
-	n.deafen()
-	return nil
-}
-
-func (n *netSocket) deafen() {
 	f := n.f
 	f.loop.post(func() {
 		f.dirs[n.side].carrier.CompareAndSwap(byFilters, byNobody)
 		n.e.readable = true
 		f.step()
 	})
+	return nil
 }
 
 // cut resets the end; the other one lives on.

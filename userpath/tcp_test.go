@@ -137,10 +137,9 @@ func tcpPair(tb testing.TB) (*net.TCPConn, int) {
 // carried is a flow between two sockets of the test.
 type carried struct {
 	*recorder
-	flow             *tcpFlow
-	client, server   *net.TCPConn
-	initFD, farFD    int
-	initiatorOutside bool
+	flow           *tcpFlow
+	client, server *net.TCPConn
+	initFD, farFD  int
 }
 
 // carry begins a flow on connected sockets, as if it had been dialled.
@@ -157,9 +156,11 @@ func carry(tb testing.TB, t *TCP, outside bool, filters ...filterapi.DataFilter)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	f.shaken = true
 	t.stats.flows.Add(1)
 	if err := f.loop.watch(f, sideFar); err != nil {
+		tb.Fatal(err)
+	}
+	if err := <-f.dialled; err != nil {
 		tb.Fatal(err)
 	}
 	if !f.arrived(c.initFD) {
@@ -177,8 +178,8 @@ func (passer) Pump(ctx context.Context, _ filterapi.Connection, in, out filterap
 	return passBoth(in, out, nil)
 }
 
-// passBoth copies both ways until both ends are done. stop, if not nil, is
-// asked after each buffer and releases the flow.
+// passBoth hands buffers on both ways until both ends are done. change, if not
+// nil, may change each of them.
 func passBoth(in, out filterapi.Socket, change func(outwards bool, b *filterapi.Buffer)) error {
 	errs := make(chan error, 2)
 	way := func(dst, src filterapi.Socket, outwards bool) {
@@ -231,8 +232,12 @@ func (releaser) Pump(context.Context, filterapi.Connection, filterapi.Socket, fi
 // eachChain runs a test with every kind of chain, in both directions.
 func eachChain(t *testing.T, test func(t *testing.T, c *carried)) {
 	for name, filters := range chains {
-		t.Run(name, func(t *testing.T) { test(t, carry(t, runTCP(t, nil), false, filters()...)) })
-		t.Run(name+" inbound", func(t *testing.T) { test(t, carry(t, runTCP(t, nil), true, filters()...)) })
+		for _, outside := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, inbound %v", name, outside), func(t *testing.T) {
+				t.Parallel()
+				test(t, carry(t, runTCP(t, nil), outside, filters()...))
+			})
+		}
 	}
 }
 
