@@ -18,3 +18,19 @@ type Ranges struct {
 	// ip_local_port_range, read at the start, not configured.
 	Own Range
 }
+
+// Check says which two ranges share ports.
+func (r Ranges) Check() error {
+	named := []struct {
+		name string
+		Range
+	}{{"ports.kernel", r.Kernel}, {"ports.leases", r.Leases}, {"the gateway's own ports (net.ipv4.ip_local_port_range)", r.Own}}
+	for i, a := range named {
+		for _, b := range named[:i] {
+			if a.Lo <= b.Hi && b.Lo <= a.Hi {
+				return fmt.Errorf("%s (%v) and %s (%v) overlap", b.name, b.Range, a.name, a.Range)
+			}
+		}
+	}
+	return nil
+}
