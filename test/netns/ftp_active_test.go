@@ -68,6 +68,7 @@ func (c *ftpClient) quit(t testing.TB) {
 	t.Helper()
 	c.send(t, "QUIT")
 	c.want(t, "221")
+	_ = c.conn.Close()
 }
 
 // passive asks for a passive data connection and gives its address.
@@ -227,7 +228,6 @@ func TestFTPActiveArmedLate(t *testing.T) {
 		server.replies <- "200 yes\r\n"
 		c.want(t, "200")
 		c.quit(t)
-		_ = c.conn.Close()
 		noPermissions(t, g)
 		silent(l.Srv, "after QUIT")
 	})

@@ -343,7 +343,7 @@ func TestB62GatewayAsHost(t *testing.T) {
 	l.GW.EchoTCP(2201)
 	l.Srv.EchoTCP(7)
 	l.Gateway(lab.Config{
-		Protocols: "  admin: {tcp: 2200}\n",
+		Protocols: "  admin: {tcp: 2200}\n  shut: {tcp: 2201}\n",
 		Rules:     "  - {name: admin, action: allow, from: lan, to: gateway, protocols: [admin, ping]}\n",
 	})
 	for _, inside := range []netip.Addr{lab.Inside4, lab.Inside6} {

@@ -1,6 +1,7 @@
 package netns_test
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -115,15 +116,25 @@ func TestB53RetransmittedSYN(t *testing.T) {
 	inside := l.Client.Capture()
 	l.Gateway(userConfig())
 	at := netip.AddrPortFrom(lab.Srv4, 7)
-	result := make(chan error, 1)
-	go func() { result <- connect(l.Client, at, 20*time.Second) }()
+	ctx, cancel := context.WithTimeout(t.Context(), lab.Patience(20*time.Second))
+	defer cancel()
+	result := make(chan net.Conn, 1)
+	go func() {
+		defer close(result)
+		if c, err := l.Client.Dial(ctx, "tcp", at.String()); err == nil {
+			result <- c
+		}
+	}()
 	lab.Eventually(t, 10*time.Second, "the client sends its SYN again", func() bool {
 		return len(lab.Select(inside.Peek(), lab.SYN(at))) >= 2
 	})
 	l.Srv.Run("nft", "delete", "table", "inet", "slow")
-	if err := <-result; err != nil {
-		t.Fatalf("connect: %v", err)
+	c, ok := <-result
+	if !ok {
+		t.Fatal("no connection")
 	}
+	defer c.Close()
+	echo(t, c, "hello")
 	if n := len(peers.Addrs()); n != 1 {
 		t.Errorf("the server has seen %d connections, want 1", n)
 	}

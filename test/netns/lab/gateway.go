@@ -197,7 +197,7 @@ func (g *Gateway) Stop() int {
 // Down runs `gateway down`, which undoes everything.
 func (g *Gateway) Down() {
 	g.lab.T.Helper()
-	if out, status := g.lab.Command("down", "-c", g.config); status != 0 {
+	if out, status := g.lab.Command("down"); status != 0 {
 		g.lab.T.Fatalf("gateway down: status %d\n%s", status, out)
 	}
 }

@@ -35,6 +35,7 @@ type Tracked struct {
 	ReplySrc, ReplyDst netip.AddrPort
 	State              string // TCP only
 	Mark               uint32
+	Zone               uint16
 	Assured, Offloaded bool
 	OutBytes, InBytes  int64 // zero if nothing is counted
 	Line               string
@@ -57,11 +58,12 @@ func (h *Host) Conntrack() []Tracked {
 }
 
 // Flow finds the entry of a flow by the destination and protocol of its first
-// packet, and its source address.
+// packet, and its source address. Only the default zone is looked at: a gateway
+// may have the far leg of the same flow in another.
 func (h *Host) Flow(proto string, src netip.Addr, dst netip.AddrPort) (Tracked, bool) {
 	h.lab.T.Helper()
 	for _, t := range h.Conntrack() {
-		if t.Proto == proto && t.Src.Addr() == src && t.Dst == dst && t.State != "TIME_WAIT" && t.State != "CLOSE" {
+		if t.Proto == proto && t.Src.Addr() == src && t.Dst == dst && t.Zone == 0 && t.State != "TIME_WAIT" && t.State != "CLOSE" {
 			return t, true
 		}
 	}
@@ -93,6 +95,8 @@ func parseTracked(line string) (Tracked, bool) {
 			t.Offloaded = true
 		case !has && side < 0 && word == strings.ToUpper(word) && strings.Trim(word, "0123456789") != "":
 			t.State = word
+		case key == "zone":
+			t.Zone = uint16(n)
 		case key == "mark":
 			t.Mark = uint32(n)
 		case side < 0 || side > 1:

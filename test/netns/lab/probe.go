@@ -119,6 +119,7 @@ func (l *Lab) Probe() *Probe {
 	})
 	l.OnClose(func() { _ = p.conn.Close() })
 	go p.read()
+	p.Must("count", ProbeArgs{}) // answered: from here on events come
 	return p
 }
 
