@@ -49,25 +49,22 @@ func runCommand() *cobra.Command {
 	return c
 }
 
-// run climbs the ladder: probe, prepare the machine, open what waits for
-// flows, load the table, and then the tasks. Each rung that needs it leaves
+// run climbs the ladder: probe, look at the host, open what waits for flows,
+// load the table, make the host forward, and then the tasks. Each rung that needs it leaves
 // its way down in undo. What the kernel carries goes on when the gateway has
 // stopped; `gateway down` ends that.
 func (g *gateway) run(ctx context.Context, force bool) error {
-	features, err := kernelpath.Probe()
-	if err != nil {
-		return err
-	}
-	if err := g.choose(features); err != nil {
+	var err error
+	if err := g.choose(); err != nil {
 		return err
 	}
 	if g.routes, err = kernelpath.NewRoutes(); err != nil {
 		return err
 	}
-	if err := g.keepAdmin(os.Getenv("SSH_CONNECTION"), force); err != nil {
+	if err := g.checkPorts(); err != nil {
 		return err
 	}
-	if err := g.prepareMachine(); err != nil {
+	if err := g.keepAdmin(os.Getenv("SSH_CONNECTION"), force); err != nil {
 		return err
 	}
 	var undo ladder
@@ -82,6 +79,9 @@ func (g *gateway) run(ctx context.Context, force bool) error {
 	err = g.apply(g.cfg, g.policy)
 	g.change.Unlock()
 	if err != nil {
+		return err
+	}
+	if err := g.prepareHost(); err != nil {
 		return err
 	}
 	server, err := control.Listen(g.cfg.Control.Socket, g, g.log)

@@ -1,0 +1,91 @@
+package main
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+
+	"github.com/sluicegw/sluice/config"
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/kernelpath"
+)
+
+// checkPorts compares the ranges of the configuration with the kernel's own.
+func (g *gateway) checkPorts() error {
+	own, err := kernelpath.LocalPorts()
+	if err != nil {
+		return err
+	}
+	r := g.cfg.Ports
+	r.Own = own
+	return r.Check()
+}
+
+// prepareHost sets the sysctls and the policy routing. It comes after the
+// table, or a host that did not forward would forward unfiltered meanwhile.
+func (g *gateway) prepareHost() error {
+	p, err := kernelpath.Prepare("", steering(g.bits, g.cfg.Marks))
+	if err != nil {
+		return err
+	}
+	for _, w := range p.Warnings {
+		g.log.Warn(w)
+	}
+	if len(p.Changed) > 0 {
+		g.log.Info("sysctls set; `gateway down` restores them", zap.Strings("changed", p.Changed))
+	}
+	if len(p.Missing) > 0 {
+		g.log.Warn("sysctls that this kernel does not have", zap.Strings("missing", p.Missing))
+	}
+	return nil
+}
+
+func steering(bits flow.Marks, m config.Marks) kernelpath.Steering {
+	return kernelpath.NewSteering(bits, int(m.Table), int(m.Priority))
+}
+
+// warnForeign names what can overrule the gateway.
+func (g *gateway) warnForeign() {
+	chains, err := kernelpath.ForeignChains()
+	if err != nil {
+		g.log.Warn("looking for other tables on the same hooks failed", zap.Error(err))
+	}
+	for _, c := range chains {
+		g.log.Warn("another firewall is on the same hooks: " + c.String())
+	}
+}
+
+func downCommand() *cobra.Command {
+	var file string
+	c := &cobra.Command{
+		Use:   "down",
+		Short: "undo everything that a gateway changed on this machine; stop it first",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			m := config.Default().Marks
+			if cfg, err := config.Load(file, parsers(builtin())); err == nil {
+				m = cfg.Marks
+			}
+			did, err := kernelpath.Down(cmd.Context(), "", steering(m.Bits, m))
+			for _, line := range did {
+				fmt.Println(line)
+			}
+			if err == nil && len(did) == 0 {
+				fmt.Println("nothing to undo")
+			}
+			return err
+		},
+	}
+	c.Flags().StringVarP(&file, "config", "c", defaultConfig, "configuration file, for marks that were moved")
+	return c
+}
+
+// unoffload takes cut flows out of the flowtable, where there is one.
+func (g *gateway) unoffload() func(context.Context) error { return nil }
+func probeCommand() *cobra.Command                        { return &cobra.Command{Use: "probe"} }
+func (g *gateway) choose() error {
+	g.facts.native = g.cfg.Queue.Form == config.QueueNative
+	return nil
+}
