@@ -57,13 +57,13 @@ func TestB12DataFilter(t *testing.T) {
 			t.Errorf("the client saw %q, %v", got, err)
 		}
 		conn := p.Await(3*time.Second, kindTo("ConnectTCP", at.String())).Conn
-		var seen strings.Builder
-		for _, e := range p.Events(func(e lab.ProbeEvent) bool { return e.Kind == "Bytes" && e.Conn == conn }) {
-			seen.Write(e.Data)
-		}
-		if seen.String() != "questionanswer" {
-			t.Errorf("the filter saw %q", seen.String())
-		}
+		lab.Eventually(t, 3*time.Second, "the filter has seen question and answer", func() bool {
+			var seen strings.Builder
+			for _, e := range p.Events(func(e lab.ProbeEvent) bool { return e.Kind == "Bytes" && e.Conn == conn }) {
+				seen.Write(e.Data)
+			}
+			return seen.String() == "questionanswer"
+		})
 	})
 }
 

@@ -26,8 +26,7 @@ func (l *Lab) keep() {
 	}
 	if l.GW != nil {
 		for name, command := range map[string][]string{
-			"ruleset.nft": {"nft", "-a", "list", "ruleset"}, "conntrack4.txt": {"conntrack", "-L", "-o", "extended"},
-			"conntrack6.txt": {"conntrack", "-L", "-f", "ipv6", "-o", "extended"}, "sockets.txt": {"ss", "-nap"},
+			"ruleset.nft": {"nft", "-a", "list", "ruleset"}, "conntrack.txt": {"sh", "-c", "conntrack -L -o extended 2>/dev/null"}, "sockets.txt": {"ss", "-nap"},
 			"rules.txt": {"ip", "rule"}, "queues.txt": {"cat", "/proc/self/net/netfilter/nfnetlink_queue"},
 			"stats.txt": {"conntrack", "-S"},
 		} {
@@ -60,13 +59,14 @@ func (l *Lab) keep() {
 	l.T.Logf("kept in %s", dir)
 }
 
-// long leaves out the small tools that only asked the kernel something.
+// long leaves out the tools that only asked something and were answered.
 func long(p *Process) bool {
-	switch p.Name {
-	case "nft", "conntrack", "ss", "ip", "cat":
-		return false
+	select {
+	case <-p.done:
+		return p.cmd.ProcessState.ExitCode() != 0
+	default:
+		return true
 	}
-	return true
 }
 
 func tail(text string, lines int) string {

@@ -20,11 +20,11 @@ func itoa(n int) string { return strconv.Itoa(n) }
 func Eventually(t testing.TB, d time.Duration, what string, ok func() bool) {
 	t.Helper()
 	deadline := time.Now().Add(Patience(d))
-	for !ok() {
+	for pause := 2 * time.Millisecond; !ok(); pause = min(2*pause, 100*time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("not within %v: %s", Patience(d), what)
 		}
-		time.Sleep(5 * time.Millisecond)
+		time.Sleep(pause)
 	}
 }
 
@@ -47,7 +47,8 @@ func (h *Host) Conntrack() []Tracked {
 	h.lab.T.Helper()
 	var all []Tracked
 	for _, family := range []string{"ipv4", "ipv6"} {
-		out := h.Run("conntrack", "-L", "-f", family, "-o", "extended")
+		// What it says to standard error would come in the middle of a line.
+		out := h.Run("sh", "-c", "conntrack -L -o extended -f "+family+" 2>/dev/null")
 		for line := range strings.Lines(out) {
 			if t, ok := parseTracked(line); ok {
 				all = append(all, t)
