@@ -57,10 +57,14 @@ type living struct {
 	byTuple map[flow.Tuple]*connection
 }
 
-func (l *living) add(c *connection) {
+// add takes a flow in and gives the one of the same tuple that it replaces,
+// whose end has not been reported yet; nil: none.
+func (l *living) add(c *connection) (old *connection) {
 	l.mu.Lock()
+	defer l.mu.Unlock()
+	old = l.byTuple[c.tuple]
 	l.byTuple[c.tuple] = c
-	l.mu.Unlock()
+	return old
 }
 
 func (l *living) remove(c *connection) {

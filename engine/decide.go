@@ -137,7 +137,7 @@ func (e *Engine) carry(c *connection) Decision {
 	c.mu.Lock()
 	c.path = flow.Kernel
 	c.mu.Unlock()
-	e.flows.add(c)
+	e.begin(c)
 	return Decision{Path: flow.Kernel}
 }
 
@@ -161,7 +161,7 @@ func (e *Engine) takeOver(c *connection) Decision {
 			t.Buffer = filterapi.DefaultDatagramBuffer
 		}
 	}
-	e.flows.add(c)
+	e.begin(c)
 	return Decision{Path: flow.User, Takeover: t}
 }
 

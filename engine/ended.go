@@ -35,6 +35,21 @@ func (e *Engine) over(c *connection, end flow.End) {
 	}
 }
 
+// begin takes a flow in. One of the same tuple must have ended, though its
+// report is still on its way.
+func (e *Engine) begin(c *connection) {
+	if old := e.flows.add(c); old != nil {
+		old.mu.Lock()
+		path := old.path
+		old.mu.Unlock()
+		e.over(old, flow.End{Tuple: old.tuple, Path: path, Start: old.start, Result: flow.Closed, Reason: "its tuple was used anew"})
+	}
+}
+
+// sameStart bounds how much later than conntrack's entry user space may hear
+// of a flow.
+const sameStart = time.Second
+
 // KernelEnded takes conntrack's word that a kernel flow is over. It is called
 // for every flow with the Kernel mark, judged here or not.
 func (e *Engine) KernelEnded(end flow.End) {
@@ -42,6 +57,10 @@ func (e *Engine) KernelEnded(end flow.End) {
 		c.mu.Lock()
 		kernel := c.path == flow.Kernel
 		c.mu.Unlock()
+		earlier := !end.Start.IsZero() && end.Start.Add(sameStart).Before(c.start)
+		if kernel && earlier {
+			return // of the flow that c has replaced, which is in the log
+		}
 		if kernel {
 			if end.Start.IsZero() {
 				end.Start = c.start

@@ -405,3 +405,21 @@ func TestRecheckCutsWhatIsNowDenied(t *testing.T) {
 		t.Errorf("cut %v", b.kernel.cut)
 	}
 }
+
+func TestTupleUsedAnewEndsTheFormerFlowOnce(t *testing.T) {
+	p := &probe{events: filterapi.Events{Types: filterapi.ConnectTCP}, handle: func(filterapi.Event) error { return nil }}
+	b := newBench(t, p)
+	now := time.Unix(1000, 0)
+	b.now = func() time.Time { return now }
+	b.Decide(context.Background(), syn(client, control))
+	now = now.Add(time.Minute)
+	b.Decide(context.Background(), syn(client, control))
+	b.KernelEnded(flow.End{Tuple: syn(client, control).Tuple, Path: flow.Kernel, Start: time.Unix(1000, 0), Result: flow.Closed})
+	if n := b.logs.FilterMessage("flow").Len(); n != 1 || len(b.Flows()) != 1 {
+		t.Fatalf("after the report of the former flow: %d records, %d living", n, len(b.Flows()))
+	}
+	b.KernelEnded(flow.End{Tuple: syn(client, control).Tuple, Path: flow.Kernel, Start: now, Result: flow.Closed})
+	if n := b.logs.FilterMessage("flow").Len(); n != 2 || len(b.Flows()) != 0 {
+		t.Fatalf("after its own: %d records, %d living", n, len(b.Flows()))
+	}
+}

@@ -209,7 +209,7 @@ func (e *Engine) KernelUsed(first flow.Packet) {
 	}
 	c := &connection{e: e, session: p.session, tuple: first.Tuple, inIface: first.InIface, start: e.now(), path: flow.Kernel}
 	c.inherit(p.primary, p)
-	e.flows.add(c)
+	e.begin(c)
 }
 
 // void ends a permission that waits; one with living flows keeps what these
