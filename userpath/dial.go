@@ -15,28 +15,24 @@ import (
 var errDialTimeout = fmt.Errorf("no answer: %w", unix.ETIMEDOUT)
 
 // startDial makes a TCP socket as d says and starts its handshake. The socket
-// is non-blocking and the caller's. done is true if the handshake is over
-// already, which loopback can do.
+// is non-blocking and the caller's.
 //
 // The number of system calls counts here, each connection pays them: what
 // most connections do not live long enough to need, TCP_NODELAY and
 // keepalive, is set later (see tcpEnd.hurry and TCP.sweep).
-func startDial(d engine.Dial, marks flow.Marks) (fd int, done bool, err error) {
+func startDial(d engine.Dial, marks flow.Marks) (fd int, err error) {
 	fd, err = unix.Socket(domainOf(d.Target.Addr()), unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
 	if err != nil {
-		return -1, false, fmt.Errorf("make a socket: %w", err)
+		return -1, fmt.Errorf("make a socket: %w", err)
 	}
 	if err = prepareDial(fd, d, marks); err == nil {
 		err = unix.Connect(fd, sockaddrOf(d.Target))
 	}
-	switch {
-	case err == nil:
-		return fd, true, nil
-	case errors.Is(err, unix.EINPROGRESS):
-		return fd, false, nil
+	if err != nil && !errors.Is(err, unix.EINPROGRESS) {
+		unix.Close(fd)
+		return -1, err
 	}
-	unix.Close(fd)
-	return -1, false, err
+	return fd, nil
 }
 
 // prepareDial sets the options and the local address.
@@ -73,11 +69,11 @@ func localName(fd int, d engine.Dial) netip.AddrPort {
 	if d.Source.IsValid() && d.Source.Port() != 0 {
 		return d.Source
 	}
-	sa, err := unix.Getsockname(fd)
+	name, err := localAddr(fd)
 	if err != nil {
 		return netip.AddrPort{}
 	}
-	return addrPortOf(sa)
+	return name
 }
 
 // dialErrors is what the initiator is told when the far end could not be

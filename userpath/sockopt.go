@@ -3,6 +3,7 @@ package userpath
 import (
 	"fmt"
 	"net/netip"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -68,12 +69,24 @@ func sockaddrOf(a netip.AddrPort) unix.Sockaddr {
 	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
 }
 
-// addrPortOf is the way back; invalid for anything that is not IP.
-func addrPortOf(sa unix.Sockaddr) netip.AddrPort {
+// localAddr is the address that a socket has. It and the accept loop use the
+// syscall package: x/sys asks for each socket's protocol as well, which is one
+// more system call.
+func localAddr(fd int) (netip.AddrPort, error) {
+	sa, err := syscall.Getsockname(fd)
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("ask for the socket's address: %w", err)
+	}
+	return addrPortOf(sa), nil
+}
+
+// addrPortOf is an address as system calls give it; invalid for anything that
+// is not IP.
+func addrPortOf(sa syscall.Sockaddr) netip.AddrPort {
 	switch sa := sa.(type) {
-	case *unix.SockaddrInet4:
+	case *syscall.SockaddrInet4:
 		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
-	case *unix.SockaddrInet6:
+	case *syscall.SockaddrInet6:
 		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), uint16(sa.Port))
 	}
 	return netip.AddrPort{}

@@ -247,7 +247,7 @@ func (t *TCP) takeOver(ctx context.Context, job tcpJob) flow.Path {
 // dial makes the upstream connection. With a flow and an error, the flow is
 // being taken down and the caller counts it out of t.flows.
 func (t *TCP) dial(ctx context.Context, job tcpJob) (*tcpFlow, error) {
-	fd, _, err := startDial(job.dial, t.cfg.Marks)
+	fd, err := startDial(job.dial, t.cfg.Marks)
 	if err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -87,11 +88,11 @@ func listenOn(addr netip.AddrPort) (file *os.File, port uint16, err error) {
 			return fail(fd, err)
 		}
 	}
-	sa, err := unix.Getsockname(fd)
+	local, err := localAddr(fd)
 	if err != nil {
 		return fail(fd, err)
 	}
-	return os.NewFile(uintptr(fd), addr.String()), addrPortOf(sa).Port(), nil
+	return os.NewFile(uintptr(fd), addr.String()), local.Port(), nil
 }
 
 // accept takes connections from a listener until it is closed. take owns the
@@ -105,16 +106,16 @@ func (t *TCP) accept(listener *os.File, take func(fd int, from, to netip.AddrPor
 	// connection and calls it again, until the listener is closed.
 	err = raw.Read(func(lfd uintptr) bool {
 		for {
-			fd, sa, err := unix.Accept4(int(lfd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+			fd, sa, err := syscall.Accept4(int(lfd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
 			switch {
 			case err == nil:
-				local, err := unix.Getsockname(fd)
+				local, err := localAddr(fd)
 				if err != nil {
 					resetFD(fd)
 					t.stats.acceptErrors.Add(1)
 					continue
 				}
-				take(fd, addrPortOf(sa), addrPortOf(local))
+				take(fd, addrPortOf(sa), local)
 			case errors.Is(err, unix.EAGAIN):
 				return false
 			case outOfResources(err):
