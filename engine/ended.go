@@ -40,8 +40,12 @@ func (e *Engine) over(c *connection, end flow.End) {
 func (e *Engine) begin(c *connection) {
 	if old := e.flows.add(c); old != nil {
 		old.mu.Lock()
-		path := old.path
+		path, t := old.path, old.takeover
 		old.mu.Unlock()
+		if t != nil {
+			t.cut() // and userpath reports its end
+			return
+		}
 		e.over(old, flow.End{Tuple: old.tuple, Path: path, Start: old.start, Result: flow.Closed, Reason: "its tuple was used anew"})
 	}
 }

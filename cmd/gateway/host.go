@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"os"
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
@@ -84,8 +85,49 @@ func downCommand() *cobra.Command {
 
 // unoffload takes cut flows out of the flowtable, where there is one.
 func (g *gateway) unoffload() func(context.Context) error { return nil }
-func probeCommand() *cobra.Command                        { return &cobra.Command{Use: "probe"} }
-func (g *gateway) choose() error {
-	g.facts.native = g.cfg.Queue.Form == config.QueueNative
+
+// choose picks the forms of things that kernels have in different ways.
+func (g *gateway) choose(f kernelpath.Features) error {
+	if err := f.Missing(); err != nil {
+		return err
+	}
+	form := g.cfg.Queue.Form
+	g.facts.native = form == config.QueueNative || form == config.QueueAuto && f.Has(kernelpath.FeatureQueueNative)
+	need := kernelpath.FeatureQueueXT
+	if g.facts.native {
+		need = kernelpath.FeatureQueueNative
+	}
+	if !f.Has(need) {
+		return fmt.Errorf("queue.form: %s: this kernel has no %s; see `gateway probe`", form, need)
+	}
+	g.facts.flowtable = f.Has(kernelpath.FeatureFlowtable)
 	return nil
+}
+
+func probeCommand() *cobra.Command {
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "probe",
+		Short: "try every kernel feature and say what is there; fails if something needed is missing",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			f, err := kernelpath.Probe()
+			if err != nil {
+				return err
+			}
+			text := []byte(f.String())
+			if asJSON {
+				if text, err = f.JSON(); err != nil {
+					return err
+				}
+				text = append(text, '\n')
+			}
+			if _, err := os.Stdout.Write(text); err != nil {
+				return err
+			}
+			return f.Missing()
+		},
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return c
 }

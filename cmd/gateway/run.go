@@ -54,8 +54,11 @@ func runCommand() *cobra.Command {
 // its way down in undo. What the kernel carries goes on when the gateway has
 // stopped; `gateway down` ends that.
 func (g *gateway) run(ctx context.Context, force bool) error {
-	var err error
-	if err := g.choose(); err != nil {
+	features, err := kernelpath.Probe()
+	if err != nil {
+		return err
+	}
+	if err := g.choose(features); err != nil {
 		return err
 	}
 	if g.routes, err = kernelpath.NewRoutes(); err != nil {
