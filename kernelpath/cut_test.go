@@ -16,7 +16,7 @@ import (
 )
 
 // cutRules are the chains that a Cutter needs, after the pattern of the table.
-const cutRules = carryRules + `
+const cutRules = watchedRules + `
 table inet cutting {
 	chain leave { type filter hook output priority raw; policy accept;
 		meta mark & 0x07000000 == 0x01000000 notrack
@@ -201,7 +201,7 @@ func TestCutNeedsAWayOutOfTheFlowtable(t *testing.T) {
 
 func TestCutLeavesOtherPathsAlone(t *testing.T) {
 	j := newJourney(t)
-	j.gw.nft(carryRules)
+	j.gw.nft(watchedRules)
 	c := newTestCutter(t, j)
 	client, server := connectTCP(j, "203.0.113.10:80")
 	defer client.Close()

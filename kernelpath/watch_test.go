@@ -55,9 +55,9 @@ func next[T any](t testing.TB, what string, c <-chan T) T {
 	}
 }
 
-// carryRules mark every flow that the gateway forwards as the kernel's, except
+// watchedRules mark every flow that the gateway forwards as the kernel's, except
 // UDP to port 7777, which they mark as user space's.
-const carryRules = `
+const watchedRules = `
 table inet carry {
 	chain arrive { type filter hook prerouting priority -155; policy accept;
 		iifname "lan0" ct state new udp dport 7777 ct mark set 0x06000000 accept
@@ -73,7 +73,7 @@ const conntrackOn = "sysctl -qw net.netfilter.nf_conntrack_events=1 net.netfilte
 
 func TestWatchTellsTheEndOfKernelFlows(t *testing.T) {
 	j := newJourney(t)
-	j.gw.nft(carryRules)
+	j.gw.nft(watchedRules)
 	j.gw.sh(conntrackOn)
 	ended := make(chan KernelFlow, 100)
 	w := made(j.gw, func() (*Watch, error) {
@@ -143,7 +143,7 @@ func checkEnd(t *testing.T, f KernelFlow, want flow.Tuple) {
 
 func TestWatchTCPStateAndICMP(t *testing.T) {
 	j := newJourney(t)
-	j.gw.nft(carryRules)
+	j.gw.nft(watchedRules)
 	j.gw.sh(conntrackOn)
 	j.client.sh("ping -qc 1 203.0.113.10; ping -qc 1 2001:db8:b::10")
 	client, server := connectTCP(j, "203.0.113.10:80")
@@ -272,7 +272,7 @@ func TestDumpStopsWithItsContext(t *testing.T) {
 func rawEvents(t testing.TB) [][]byte {
 	t.Helper()
 	j := newJourney(t)
-	j.gw.nft(carryRules)
+	j.gw.nft(watchedRules)
 	j.gw.sh(conntrackOn)
 	conn := made(j.gw, func() (*netlink.Conn, error) {
 		return netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{Groups: 1 << (groupDestroy - 1)})
