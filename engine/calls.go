@@ -56,9 +56,9 @@ func (s *session) BindForClient(b filterapi.Bind) (filterapi.Connection, error) 
 	p.Direction, p.Client, p.External = nat.Inbound, b.Client, b.Client
 	p.filter = b.IPFilter.Clone()
 	p.setSources(p.filter)
-	if name, err := primary.ExternalName(); err == nil && name.Addr() != primary.tuple.Src.Addr() {
+	if addr, hidden := s.e.external(primary); hidden {
 		var ok bool
-		if p.External, ok = s.e.ports.Lease(b.Proto, name.Addr()); !ok {
+		if p.External, ok = s.e.ports.Lease(b.Proto, addr); !ok {
 			return nil, fmt.Errorf("bind for client %v: %w", b.Client, filterapi.ErrNoPorts)
 		}
 		p.leased = true
@@ -75,6 +75,23 @@ func (s *session) BindForClient(b filterapi.Bind) (filterapi.Connection, error) 
 		return nil, fmt.Errorf("bind for client %v: %w", b.Client, err)
 	}
 	return p.object, nil
+}
+
+// external is the gateway's address that a connection's client is hidden
+// behind; false: it is not hidden.
+func (e *Engine) external(c *connection) (addr netip.Addr, hidden bool) {
+	if name, err := c.ExternalName(); err == nil {
+		return name.Addr(), name.Addr() != c.tuple.Src.Addr()
+	}
+	d := e.upstream(c)
+	if d.Transparent {
+		return netip.Addr{}, false
+	}
+	if d.Source.IsValid() {
+		return d.Source.Addr(), true
+	}
+	_, source, _, err := e.routes.Lookup(c.tuple.Dst.Addr())
+	return source, err == nil && source.IsValid()
 }
 
 // openBind asks the filters that watch binds and then grants it.

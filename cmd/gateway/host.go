@@ -97,8 +97,10 @@ func (g *gateway) choose(f kernelpath.Features) error {
 	if g.facts.native {
 		need = kernelpath.FeatureQueueNative
 	}
-	if !f.Has(need) {
-		return fmt.Errorf("queue.form: %s: this kernel has no %s; see `gateway probe`", form, need)
+	for _, x := range f {
+		if x.Name == need && !x.Present {
+			return fmt.Errorf("queue.form: %s: this kernel lacks %s (%s): %s", form, x.Name, x.Option, x.Problem)
+		}
 	}
 	g.facts.flowtable = f.Has(kernelpath.FeatureFlowtable)
 	return nil
