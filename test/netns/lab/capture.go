@@ -81,6 +81,9 @@ func (c *Capture) open() error {
 	if err := unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20); err != nil {
 		return fmt.Errorf("packet buffer: %w", err)
 	}
+	if err := unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1); err != nil {
+		return fmt.Errorf("packet times: %w", err)
+	}
 	wake := unix.NsecToTimeval(int64(20 * time.Millisecond))
 	if err := unix.SetsockoptTimeval(c.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wake); err != nil {
 		return fmt.Errorf("packet timeout: %w", err)
@@ -91,7 +94,7 @@ func (c *Capture) open() error {
 // read takes frames until it is stopped and nothing is left.
 func (c *Capture) read() {
 	defer close(c.done)
-	buffer := make([]byte, 65536)
+	buffer, control := make([]byte, 65536), make([]byte, 256)
 	for {
 		stopping := false
 		select {
@@ -103,14 +106,14 @@ func (c *Capture) read() {
 		if stopping {
 			flags |= unix.MSG_DONTWAIT
 		}
-		n, from, err := unix.Recvfrom(c.fd, buffer, flags)
+		n, oob, _, from, err := unix.Recvmsg(c.fd, buffer, control, flags)
 		if err != nil {
 			if stopping {
 				return
 			}
 			continue
 		}
-		f := frame{at: time.Now(), data: append([]byte(nil), buffer[:min(n, snapLen, len(buffer))]...)}
+		f := frame{at: stamped(control[:oob]), data: append([]byte(nil), buffer[:min(n, snapLen, len(buffer))]...)}
 		if ll, ok := from.(*unix.SockaddrLinklayer); ok {
 			f.out = ll.Pkttype == unix.PACKET_OUTGOING
 		}
@@ -118,6 +121,21 @@ func (c *Capture) read() {
 		c.frames = append(c.frames, f)
 		c.mu.Unlock()
 	}
+}
+
+// stamped is when the kernel met the packet: captures on several hosts can be
+// compared.
+func stamped(control []byte) time.Time {
+	messages, err := unix.ParseSocketControlMessage(control)
+	if err != nil {
+		return time.Time{}
+	}
+	for _, m := range messages {
+		if m.Header.Level == unix.SOL_SOCKET && m.Header.Type == unix.SO_TIMESTAMPNS && len(m.Data) >= 16 {
+			return time.Unix(int64(binary.NativeEndian.Uint64(m.Data)), int64(binary.NativeEndian.Uint64(m.Data[8:])))
+		}
+	}
+	return time.Time{}
 }
 
 // Stop ends the capture and gives every IP packet in it. It may be called again.
