@@ -159,7 +159,7 @@ func (b *builder) permit() {
 		listed.add(is(fieldNFProto, f.nfproto), in(setToken(f), f.socket()...), goTo("use_"+setToken(f)))
 	}
 	u := b.chain(chainUse)
-	u.add(count(counterPermitted), report(b.LogGroup, "use"))
+	u.add(count(counterPermitted), report(b.LogGroup, reportUsed))
 	u.add(goTo(chainCarryFirst))
 }
 
@@ -187,12 +187,12 @@ func (b *builder) answers() {
 	c.add(b.putPath(fieldCtMark, flow.Kernel), accept())
 
 	r := b.chain(chainRefuse)
-	r.add(atMost(logRate, logBurst), report(b.LogGroup, "deny"))
+	r.add(atMost(logRate, logBurst), report(b.LogGroup, reportDenied))
 	r.add(count(counterRefused))
 	refuseWith(r)
 
 	d := b.chain(chainDiscard)
-	d.add(atMost(logRate, logBurst), report(b.LogGroup, "deny"))
+	d.add(atMost(logRate, logBurst), report(b.LogGroup, reportDenied))
 	d.add(count(counterDiscarded), drop())
 
 	k := b.chain(chainCut)
@@ -205,6 +205,9 @@ func (b *builder) answers() {
 const (
 	logRate  = 10
 	logBurst = 20
+	// ICMP errors of the gateway's own that are looked at.
+	errorRate  = 100
+	errorBurst = 100
 )
 
 func refuseWith(c *chain) {

@@ -23,9 +23,12 @@ var (
 		byteValue("nd-neighbor-solicit", 135), byteValue("nd-neighbor-advert", 136), byteValue("nd-redirect", 137),
 		byteValue("mld2-listener-report", 143),
 	}
-	errors4 = []value{byteValue("destination-unreachable", 3), byteValue("time-exceeded", 11), byteValue("parameter-problem", 12)}
+	unreachable4 = byteValue("destination-unreachable", 3)
+	unreachable6 = byteValue("destination-unreachable", 1)
+
+	errors4 = []value{unreachable4, byteValue("time-exceeded", 11), byteValue("parameter-problem", 12)}
 	errors6 = []value{
-		byteValue("destination-unreachable", 1), byteValue("packet-too-big", 2),
+		unreachable6, byteValue("packet-too-big", 2),
 		byteValue("time-exceeded", 3), byteValue("parameter-problem", 4),
 	}
 )

@@ -62,12 +62,20 @@ func (b *builder) forward() error {
 	}))
 	f.add(count(counterUnmarked), drop())
 
-	c := b.chain(chainCarry)
-	if len(b.Flowtable) > 0 {
-		c.add(tcpOrUDP(), offload())
-	}
-	c.add(accept())
+	b.chain(chainCarry).rules = carryChain(len(b.Flowtable) > 0)
 	return nil
+}
+
+// carryChain has the rules of the chain of that name.
+//
+//	meta l4proto { tcp, udp } flow add @offload
+//	accept
+func carryChain(offloading bool) []rule {
+	rules := []rule{{accept()}}
+	if offloading {
+		rules = append([]rule{{tcpOrUDP(), offload()}}, rules...)
+	}
+	return rules
 }
 
 // upstreamZone keeps apart the two legs of a flow that the gateway carries on
@@ -97,7 +105,22 @@ func (b *builder) upstreamZone() error {
 	own.add(b.hasPath(fieldMetaMark, flow.Own), masked(fieldCtMark, b.Marks.Mask(), 0), b.putPath(fieldCtMark, flow.Own))
 
 	b.zoneChains(every || len(ifaces) > 0)
+	if every || len(ifaces) > 0 {
+		b.ownErrors(own)
+	}
 	return nil
+}
+
+// ownErrors: a leg under the client's own address whose next hop does not
+// answer is told so at that address, past the gateway's socket.
+func (b *builder) ownErrors(own *chain) {
+	for _, f := range []struct {
+		family
+		kind value
+	}{{ipv4, unreachable4}, {ipv6, unreachable6}} {
+		own.add(is(fieldNFProto, f.nfproto), is(fieldL4Proto, protoValue(f.icmp)), is(f.icmpType, f.kind),
+			atMost(errorRate, errorBurst), report(b.LogGroup, reportError))
+	}
 }
 
 // zoneChains: a socket in FIN-WAIT-2 or TIME-WAIT has no mark to be known by

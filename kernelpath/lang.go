@@ -146,7 +146,7 @@ func (r Ruleset) String() string {
 		for i, d := range r.flowtable {
 			devices[i] = quote(d)
 		}
-		fmt.Fprintf(&b, "\tflowtable %s {\n\t\thook ingress priority 0\n\t\tdevices = { %s }\n\t}\n\n", flowtableName, strings.Join(devices, ", "))
+		fmt.Fprintf(&b, "\tflowtable %s {\n\t\thook ingress priority 0\n\t\tdevices = { %s }\n\t\tcounter\n\t}\n\n", flowtableName, strings.Join(devices, ", "))
 	}
 	for _, s := range r.sets {
 		s.write(&b)

@@ -17,7 +17,7 @@ type existing struct {
 	chains     map[string]*hook // nil hook: a regular chain
 	sets       map[string]existingSet
 	counters   map[string]bool
-	flowtables map[string][]string
+	flowtables map[string]existingFlowtable
 }
 
 type existingSet struct{ flags, keyType, keyLen, dataType, dataLen uint32 }
@@ -29,7 +29,9 @@ type existingSet struct{ flags, keyType, keyLen, dataType, dataLen uint32 }
 // disappears. A table of an earlier run is adopted; if its base chains or
 // permission sets have another form, it is replaced as a whole, in the same
 // transaction. Permissions that this Table has installed survive that, too,
-// and a table that somebody else has deleted.
+// and a table that somebody else has deleted. Offloaded flows stay so unless a
+// device leaves the flowtable; a device that cannot have one is left out with a
+// warning.
 //
 // On error the kernel holds what it held before, and the error names the
 // object or rule that it refused, and its errno. Load may be repeated, and
@@ -41,7 +43,10 @@ func (t *Table) Load(r Ruleset) error {
 			return fmt.Errorf("load the ruleset: %w", err)
 		}
 		defer func() { _ = s.close() }()
-		if err := t.load(s, r); err != nil {
+		err = t.offloading(s, r.flowtable, func(devices []string) error {
+			return t.load(s, r.offloadingOn(devices))
+		})
+		if err != nil {
 			return fmt.Errorf("load the ruleset: %w", err)
 		}
 		return nil
@@ -91,15 +96,7 @@ func (tx *transaction) replace(old *existing, r Ruleset) {
 			tx.deleteChain(name)
 		}
 	}
-	keep := slices.Equal(old.flowtables[flowtableName], slices.Sorted(slices.Values(r.flowtable)))
-	for _, name := range sortedKeys(old.flowtables) {
-		if name != flowtableName || !keep {
-			tx.deleteFlowtable(name)
-		}
-	}
-	if len(r.flowtable) > 0 && !keep {
-		tx.addFlowtable(r.flowtable)
-	}
+	tx.replaceFlowtable(old.flowtables, r.flowtable)
 	for _, name := range r.counters {
 		if !old.counters[name] {
 			tx.addCounter(name)
@@ -179,7 +176,7 @@ func (t *Table) Delete() error {
 }
 
 func newExisting() *existing {
-	return &existing{map[string]*hook{}, map[string]existingSet{}, map[string]bool{}, map[string][]string{}}
+	return &existing{map[string]*hook{}, map[string]existingSet{}, map[string]bool{}, map[string]existingFlowtable{}}
 }
 
 // existing lists the table. A table that is not there gives an empty list.
@@ -196,23 +193,32 @@ func (s *socket) existing() (*existing, error) {
 		{msgGetFlowtable, attrFlowTable, old.takeFlowtable},
 	}
 	for _, step := range steps {
-		msgs, err := s.list(step.typ, attr(step.table, text(tableName)))
-		if errors.Is(err, unix.ENOENT) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("message %d: %w", step.typ, err)
-		}
-		for _, m := range msgs {
-			if len(m.Data) < 4 || nftables.TableFamily(m.Data[0]) != nftables.TableFamilyINet {
-				continue
-			}
-			if a := attributes(m.Data[4:]); cString(a[step.table]) == tableName {
-				step.take(a)
-			}
+		if err := s.eachObject(step.typ, step.table, step.take); err != nil {
+			return nil, err
 		}
 	}
 	return old, nil
+}
+
+// eachObject lists what the table has of one kind. table is the attribute that
+// has the table's name.
+func (s *socket) eachObject(typ, table uint16, take func(map[uint16][]byte)) error {
+	msgs, err := s.list(typ, attr(table, text(tableName)))
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("message %d: %w", typ, err)
+	}
+	for _, m := range msgs {
+		if len(m.Data) < 4 || nftables.TableFamily(m.Data[0]) != nftables.TableFamilyINet {
+			continue
+		}
+		if a := attributes(m.Data[4:]); cString(a[table]) == tableName {
+			take(a)
+		}
+	}
+	return nil
 }
 
 func (old *existing) takeChain(a map[uint16][]byte) {
@@ -237,18 +243,6 @@ func (old *existing) takeSet(a map[uint16][]byte) {
 	if e.flags&unix.NFT_SET_ANONYMOUS == 0 {
 		old.sets[cString(a[unix.NFTA_SET_NAME])] = e
 	}
-}
-
-func (old *existing) takeFlowtable(a map[uint16][]byte) {
-	devices := []string{}
-	ad, err := netlink.NewAttributeDecoder(attributes(a[attrFlowHook])[attrFlowDevices])
-	if err == nil {
-		for ad.Next() {
-			devices = append(devices, ad.String())
-		}
-	}
-	slices.Sort(devices)
-	old.flowtables[cString(a[attrFlowName])] = devices
 }
 
 // attributes splits a message. Of a repeated attribute the last one counts.

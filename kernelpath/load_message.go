@@ -30,10 +30,12 @@ const (
 	attrFlowTable    = 1
 	attrFlowName     = 2
 	attrFlowHook     = 3
+	attrFlowFlags    = 7
 	attrFlowHookNum  = 1
 	attrFlowPriority = 2
 	attrFlowDevices  = 3
 	attrDeviceName   = 1
+	flowCounter      = 2 // NFT_FLOWTABLE_COUNTER
 	hookIngress      = 0 // NF_NETDEV_INGRESS
 )
 
@@ -91,12 +93,15 @@ func (t *transaction) inner(typ uint16, attrs ...netlink.Attribute) netlink.Attr
 	return a
 }
 
-func (t *transaction) addTable() {
-	t.put("table "+tableName, unix.NFT_MSG_NEWTABLE, create, attr(unix.NFTA_TABLE_NAME, text(tableName)))
+func (t *transaction) addTable()    { t.addTableNamed(tableName) }
+func (t *transaction) deleteTable() { t.deleteTableNamed(tableName) }
+
+func (t *transaction) addTableNamed(name string) {
+	t.put("table "+name, unix.NFT_MSG_NEWTABLE, create, attr(unix.NFTA_TABLE_NAME, text(name)))
 }
 
-func (t *transaction) deleteTable() {
-	t.put("table "+tableName, unix.NFT_MSG_DELTABLE, 0, attr(unix.NFTA_TABLE_NAME, text(tableName)))
+func (t *transaction) deleteTableNamed(name string) {
+	t.put("table "+name, unix.NFT_MSG_DELTABLE, 0, attr(unix.NFTA_TABLE_NAME, text(name)))
 }
 
 // flushRules deletes all rules of all chains.
@@ -124,20 +129,6 @@ func (t *transaction) addCounter(name string) {
 	t.put("counter "+name, unix.NFT_MSG_NEWOBJ, create,
 		attr(unix.NFTA_OBJ_TABLE, text(tableName)), attr(unix.NFTA_OBJ_NAME, text(name)),
 		attr(unix.NFTA_OBJ_TYPE, be32(unix.NFT_OBJECT_COUNTER)), counter)
-}
-
-func (t *transaction) addFlowtable(devices []string) {
-	names := make([]netlink.Attribute, len(devices))
-	for i, d := range devices {
-		names[i] = attr(attrDeviceName, text(d))
-	}
-	t.put("flowtable "+flowtableName, msgNewFlowtable, create,
-		attr(attrFlowTable, text(tableName)), attr(attrFlowName, text(flowtableName)),
-		t.inner(attrFlowHook, attr(attrFlowHookNum, be32(hookIngress)), attr(attrFlowPriority, be32(0)), t.inner(attrFlowDevices, names...)))
-}
-
-func (t *transaction) deleteFlowtable(name string) {
-	t.put("flowtable "+name, msgDelFlowtable, 0, attr(attrFlowTable, text(tableName)), attr(attrFlowName, text(name)))
 }
 
 // addSet makes a set and fills it. id is the number that rules of the same

@@ -25,15 +25,27 @@ const (
 const (
 	reportUsed   = "use"
 	reportDenied = "deny"
+	reportError  = "unreachable"
 )
 
+// Heard are the receivers of Reports. They run on one goroutine and must not
+// block.
+type Heard struct {
+	// Used: a permission let this first packet in, without user space.
+	Used func(flow.Packet)
+	// Denied: this first packet was refused.
+	Denied func(flow.Packet)
+	// Unreachable: the gateway itself sent this ICMP error about a packet
+	// with the quoted tuple.
+	Unreachable func(quoted flow.Tuple, told flow.Path)
+}
+
 // Reports are what the table says of single packets, over NFLOG: that a
-// permission let a first packet in (all of them), and that a first packet was
-// refused (a sample).
+// permission let a first packet in (all of them), that a first packet was
+// refused (a sample), and that a next hop could not be reached.
 type Reports struct {
 	group *nflog.Nflog
-	used  func(flow.Packet)
-	deny  func(flow.Packet)
+	heard Heard
 	name  func(index int) string
 	lost  atomic.Uint64
 
@@ -48,9 +60,8 @@ type Reports struct {
 
 // NewReports binds the group in the network namespace of the calling thread;
 // reports wait in the socket until Run. It is an error if the group has another
-// reader. used and denied run on one goroutine and must not block; name names
-// the interface of an index.
-func NewReports(group uint16, name func(index int) string, used, denied func(flow.Packet)) (*Reports, error) {
+// reader. name names the interface of an index.
+func NewReports(group uint16, name func(index int) string, heard Heard) (*Reports, error) {
 	// A threshold of 1: the kernel sends each report at once instead of
 	// gathering them for up to a second.
 	g, err := nflog.Open(&nflog.Config{Group: group, Copymode: nflog.CopyPacket, Bufsize: reportCopy, QThresh: 1})
@@ -62,7 +73,7 @@ func NewReports(group uint16, name func(index int) string, used, denied func(flo
 		return nil, fmt.Errorf("enlarge the buffer of NFLOG reports: %w", err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	r := &Reports{group: g, used: used, deny: denied, name: name,
+	r := &Reports{group: g, heard: heard, name: name,
 		begun: make(chan struct{}), failed: make(chan error, 1), cancel: cancel}
 	if err := g.RegisterWithErrorFunc(ctx, r.hear, func(err error) int { return r.missed(ctx, err) }); err != nil {
 		cancel()
@@ -126,6 +137,9 @@ func (r *Reports) hear(a nflog.Attribute) int {
 	if a.Payload == nil || a.Prefix == nil {
 		return 0
 	}
+	if *a.Prefix == reportError {
+		return r.hearError(*a.Payload)
+	}
 	tuple, _, ok := flow.ParsePacket(*a.Payload)
 	if !ok {
 		return 0
@@ -143,9 +157,23 @@ func (r *Reports) hear(a nflog.Attribute) int {
 	case r.closed:
 		return 1
 	case *a.Prefix == reportUsed:
-		r.used(p)
+		r.heard.Used(p)
 	case *a.Prefix == reportDenied:
-		r.deny(p)
+		r.heard.Denied(p)
 	}
+	return 0
+}
+
+func (r *Reports) hearError(packet []byte) int {
+	quoted, told, ok := flow.ParseUnreachable(packet)
+	if !ok {
+		return 0
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return 1
+	}
+	r.heard.Unreachable(quoted, told)
 	return 0
 }

@@ -30,7 +30,7 @@ func TestReports(t *testing.T) {
 	told := make(chan report, 100)
 	r := made(j.gw, func() (*Reports, error) {
 		return NewReports(77, func(i int) string { name, _ := routes.InterfaceName(i); return name },
-			func(p flow.Packet) { told <- report{"use", p} }, func(p flow.Packet) { told <- report{"deny", p} })
+			Heard{Used: func(p flow.Packet) { told <- report{"use", p} }, Denied: func(p flow.Packet) { told <- report{"deny", p} }})
 	})
 	// What is reported before Run waits.
 	send := func(to string) flow.Tuple {
@@ -67,7 +67,7 @@ func TestReports(t *testing.T) {
 func TestReportsEndWithTheirSocket(t *testing.T) {
 	s := newSpace(t)
 	r := made(s, func() (*Reports, error) {
-		return NewReports(78, func(int) string { return "" }, func(flow.Packet) {}, func(flow.Packet) {})
+		return NewReports(78, func(int) string { return "" }, Heard{})
 	})
 	ended := make(chan error, 1)
 	go func() { ended <- r.Run(context.Background()) }()
@@ -80,7 +80,7 @@ func TestReportsEndWithTheirSocket(t *testing.T) {
 func TestReportsGroupInUse(t *testing.T) {
 	s := newSpace(t)
 	open := func() (*Reports, error) {
-		return NewReports(79, func(int) string { return "" }, func(flow.Packet) {}, func(flow.Packet) {})
+		return NewReports(79, func(int) string { return "" }, Heard{})
 	}
 	first := made(s, open)
 	defer first.Close()

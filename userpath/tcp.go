@@ -72,6 +72,7 @@ type TCP struct {
 	loops     []*loop
 	nextLoop  atomic.Uint32
 	waiting   waitingTable
+	asIfs     dialTable
 	buffers   bufferPools
 	now       func() time.Time
 
@@ -257,8 +258,11 @@ func (t *TCP) dial(ctx context.Context, job tcpJob) (*tcpFlow, error) {
 		return nil, err
 	}
 	if err = f.loop.watch(f, sideFar); err == nil {
+		unreachable := t.asIfs.enter(job.dial)
+		defer t.asIfs.leave(job.dial, unreachable)
 		select {
 		case err = <-f.dialled:
+		case err = <-unreachable:
 		case <-ctx.Done():
 			err = errLost
 			if errors.Is(ctx.Err(), context.DeadlineExceeded) {

@@ -147,7 +147,9 @@ func (g *gateway) open(undo *ladder) (err error) {
 	}); err != nil {
 		return err
 	}
-	if g.reports, err = kernelpath.NewReports(m.LogGroup, g.ifaceName, g.engine.KernelUsed, g.engine.KernelDenied); err != nil {
+	if g.reports, err = kernelpath.NewReports(m.LogGroup, g.ifaceName, kernelpath.Heard{
+		Used: g.engine.KernelUsed, Denied: g.engine.KernelDenied, Unreachable: g.tcp.Unreachable,
+	}); err != nil {
 		return err
 	}
 	g.queues, err = userpath.OpenQueues(g.queueConfig())

@@ -1,0 +1,344 @@
+//go:build stockkernel
+
+package kernelpath
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/zap/zaptest"
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicegw/sluice/flow"
+)
+
+// These tests need a kernel with flowtables and with nft's own queue, such as
+// Debian's.
+
+func TestStockLoadEqualsText(t *testing.T) {
+	o := testOptions(t)
+	o.Flowtable = []string{"lan0", "wan0"}
+	r := mustBuild(t, twoZones(), o)
+	byText, byGo := newJourney(t).gw, newJourney(t).gw
+	byText.nft(r.String())
+	mustLoad(t, openTable(t, byGo), r)
+	for _, list := range []string{"nft list ruleset", "nft --debug=netlink list ruleset"} {
+		want, got := byText.sh(list), byGo.sh(list)
+		if strings.Contains(list, "debug") {
+			want, got = instructions(want), instructions(got)
+		}
+		if want != got {
+			t.Errorf("%s\n%s", list, firstDifference(want, got))
+		}
+	}
+	if !strings.Contains(byGo.sh("nft list ruleset"), "queue to 100-103") {
+		t.Error("no queue of nft's own")
+	}
+}
+
+// newOffloading is a gateway whose flowtable has both interfaces.
+func newOffloading(t *testing.T) (journey, *Table, Options) {
+	t.Helper()
+	j := newJourney(t)
+	j.client.sh("ping -6 -n -c 1 -i 0.2 -w 5 2001:db8:b::10")
+	table := openTable(t, j.gw)
+	o := testOptions(t)
+	o.Flowtable = []string{"lan0", "wan0"}
+	mustLoad(t, table, mustBuild(t, flowPolicy(), o))
+	j.gw.sh(conntrackOn)
+	return j, table, o
+}
+
+func newUnoffloader(t *testing.T, j journey, table *Table) *Cutter {
+	t.Helper()
+	c := made(j.gw, func() (*Cutter, error) {
+		return NewCutter(CutConfig{Marks: testMarks(t), Unoffload: table.Unoffload, Logger: zaptest.NewLogger(t)})
+	})
+	t.Cleanup(func() { c.Close() })
+	await(t, c.Run)
+	return c
+}
+
+// isOffloaded asks conntrack.
+func isOffloaded(t *testing.T, j journey, tuple flow.Tuple) bool {
+	t.Helper()
+	living := made(j.gw, func() ([]KernelFlow, error) { return Dump(t.Context(), testMarks(t), flow.Kernel) })
+	for _, f := range living {
+		if f.Tuple == tuple {
+			return f.Offloaded()
+		}
+	}
+	t.Fatalf("%v is not among %+v", tuple, living)
+	return false
+}
+
+// exchange sends n bytes from one end and reads them at the other.
+func exchange(t *testing.T, from, to net.Conn, n int) {
+	t.Helper()
+	sent := make(chan error, 1)
+	go func() {
+		_, err := from.Write(make([]byte, n))
+		sent <- err
+	}()
+	to.SetReadDeadline(time.Now().Add(20 * time.Second))
+	if _, err := io.CopyN(io.Discard, to, int64(n)); err != nil {
+		t.Fatalf("%d bytes: %v", n, err)
+	}
+	if err := next(t, "end of the sender", sent); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// offloadedTCP is an idle connection that the flowtable carries.
+func offloadedTCP(t *testing.T, j journey, to string) (client, server *net.TCPConn, tuple flow.Tuple) {
+	t.Helper()
+	client, server = connectTCP(j, to)
+	t.Cleanup(func() { client.Close(); server.Close() })
+	tuple = tupleOf(flow.TCP, client)
+	exchange(t, client, server, 1)
+	exchange(t, server, client, 1)
+	if !isOffloaded(t, j, tuple) {
+		t.Fatalf("%v is not offloaded", tuple)
+	}
+	return client, server, tuple
+}
+
+func watchEnds(t *testing.T, j journey) chan KernelFlow {
+	t.Helper()
+	ended := make(chan KernelFlow, 10)
+	w := made(j.gw, func() (*Watch, error) {
+		return NewWatch(testMarks(t), func(f KernelFlow) { ended <- f }, func() { t.Error("events were lost") })
+	})
+	await(t, w.Run)
+	return ended
+}
+
+// What the flowtable carried is in the counts of the end.
+func TestStockOffloadedFlowsAreCounted(t *testing.T) {
+	j, _, _ := newOffloading(t)
+	j.gw.sh("sysctl -qw net.netfilter.nf_conntrack_tcp_timeout_close=1")
+	ended := watchEnds(t, j)
+	for _, to := range []string{"203.0.113.10:80", "[2001:db8:b::10]:80"} {
+		client, server, tuple := offloadedTCP(t, j, to)
+		const out, in = 3 << 20, 1 << 20
+		exchange(t, client, server, out)
+		exchange(t, server, client, in)
+		if !isOffloaded(t, j, tuple) {
+			t.Errorf("%v does not stay offloaded", tuple)
+		}
+		client.SetLinger(0)
+		client.Close()
+		f := nextEnd(t, j, ended)
+		for _, x := range []struct {
+			way            string
+			bytes, packets uint64
+			payload        uint64
+		}{{"out", f.Counts.OutBytes, f.Counts.OutPackets, out}, {"in", f.Counts.InBytes, f.Counts.InPackets, in}} {
+			// Besides the payload there are headers and acknowledgements.
+			if x.bytes < x.payload || x.bytes > x.payload+x.payload/4 || x.packets < x.payload/65536 {
+				t.Errorf("%s %s: %d bytes in %d packets for %d of payload", to, x.way, x.bytes, x.packets, x.payload)
+			}
+		}
+		if f.Tuple != tuple {
+			t.Errorf("ended %v, want %v", f.Tuple, tuple)
+		}
+	}
+}
+
+// nextEnd waits for an end; the kernel collects expired entries when they are
+// looked at.
+func nextEnd(t *testing.T, j journey, ended chan KernelFlow) KernelFlow {
+	t.Helper()
+	for range 40 {
+		select {
+		case f := <-ended:
+			return f
+		case <-time.After(500 * time.Millisecond):
+			j.gw.sh("conntrack -L 2>/dev/null; conntrack -f ipv6 -L 2>/dev/null")
+		}
+	}
+	t.Fatal("no end")
+	panic("unreachable")
+}
+
+func TestStockCutOffloadedIdle(t *testing.T) {
+	j, table, _ := newOffloading(t)
+	c := newUnoffloader(t, j, table)
+	ended := watchEnds(t, j)
+	for _, to := range []string{"203.0.113.10:80", "[2001:db8:b::10]:80"} {
+		client, server, tuple := offloadedTCP(t, j, to)
+		other, otherServer, otherTuple := offloadedTCP(t, j, to)
+		if err := c.Cut(t.Context(), tuple); err != nil {
+			t.Fatal(err)
+		}
+		resetWithin(t, "client of "+to, client, 2*time.Second)
+		resetWithin(t, "server "+to, server, 2*time.Second)
+		if f := next(t, "end of "+tuple.String(), ended); f.Tuple != tuple || !testMarks(t).IsCut(f.Mark) {
+			t.Errorf("ended %+v", f)
+		}
+		exchange(t, other, otherServer, 1000)
+		exchange(t, otherServer, other, 1000)
+		if !isOffloaded(t, j, otherTuple) {
+			t.Errorf("%v did not come back into the flowtable", otherTuple)
+		}
+		other.Close()
+	}
+}
+
+func TestStockCutOffloadedBusy(t *testing.T) {
+	j, table, _ := newOffloading(t)
+	c := newUnoffloader(t, j, table)
+	client, server, tuple := offloadedTCP(t, j, "203.0.113.10:80")
+	broke := make(chan error, 1)
+	go func() {
+		for {
+			if _, err := client.Write(make([]byte, 64<<10)); err != nil {
+				broke <- err
+				return
+			}
+		}
+	}()
+	server.SetReadDeadline(time.Now().Add(20 * time.Second))
+	if _, err := io.CopyN(io.Discard, server, 4<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Cut(t.Context(), tuple); err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	server.SetReadDeadline(start.Add(2 * time.Second))
+	if _, err := io.Copy(io.Discard, server); !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("the server read %v after %v, want a reset", err, time.Since(start))
+	}
+	if err := next(t, "error at the client", broke); !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EPIPE) {
+		t.Errorf("client: %v", err)
+	}
+	t.Logf("both ends know after %v", time.Since(start))
+}
+
+func TestStockCutOffloadedUDP(t *testing.T) {
+	j, table, _ := newOffloading(t)
+	c := newUnoffloader(t, j, table)
+	serveUDP(t, j.server, "203.0.113.10:53")
+	client := made(j.client, func() (net.Conn, error) { return net.Dial("udp", "203.0.113.10:53") })
+	defer client.Close()
+	asks := func() error {
+		if _, err := client.Write([]byte("?")); err != nil {
+			return err
+		}
+		client.SetReadDeadline(time.Now().Add(short))
+		_, err := client.Read(make([]byte, 64))
+		return err
+	}
+	for range 4 {
+		if err := asks(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tuple := tupleOf(flow.UDP, client)
+	if !isOffloaded(t, j, tuple) {
+		t.Fatalf("%v is not offloaded", tuple)
+	}
+	if err := c.Cut(t.Context(), tuple); err != nil {
+		t.Fatal(err)
+	}
+	if err := asks(); err == nil {
+		t.Error("an answer after the cut")
+	}
+}
+
+// A reload leaves flows where they are, and so does a device that comes.
+func TestStockReloadKeepsFlowsOffloaded(t *testing.T) {
+	j, table, o := newOffloading(t)
+	client, server, tuple := offloadedTCP(t, j, "203.0.113.10:80")
+	load := func(devices ...string) {
+		t.Helper()
+		o.Flowtable = devices
+		mustLoad(t, table, mustBuild(t, flowPolicy(), o))
+	}
+	offloaded := func(when string) {
+		t.Helper()
+		if !isOffloaded(t, j, tuple) {
+			t.Errorf("%s: %v is not offloaded", when, tuple)
+		}
+	}
+	devices := func(want string) {
+		t.Helper()
+		if list := j.gw.sh("nft list flowtables"); !strings.Contains(list, "devices = { "+want+" }") || !strings.Contains(list, "counter") {
+			t.Errorf("want %s in\n%s", want, list)
+		}
+	}
+	load("lan0", "wan0")
+	offloaded("the same again")
+	j.gw.sh("ip link add dmz0 type dummy; ip link set dmz0 up")
+	load("dmz0", "lan0", "wan0")
+	offloaded("a device more")
+	devices("dmz0, lan0, wan0")
+	j.gw.sh("ip link del dmz0")
+	devices("lan0, wan0")
+	load("dmz0", "lan0", "wan0") // it went between Build and Load
+	devices("lan0, wan0")
+	offloaded("a device that has gone")
+	load("lan0", "wan0")
+	offloaded("without it")
+	// With fewer devices the flowtable is another one; no flow is lost.
+	load("lan0")
+	devices("lan0")
+	exchange(t, client, server, 100_000)
+	exchange(t, server, client, 100_000)
+	load()
+	if list := j.gw.sh("nft list flowtables"); strings.Contains(list, "devices") {
+		t.Errorf("a flowtable stays:\n%s", list)
+	}
+	exchange(t, client, server, 100_000)
+	load("lan0", "wan0")
+	exchange(t, client, server, 1)
+	exchange(t, server, client, 1)
+	offloaded("back again")
+}
+
+// A device that vanishes between the list of the flowtable and its renewal.
+func TestStockUnoffloadWhileDevicesVanish(t *testing.T) {
+	j, table, o := newOffloading(t)
+	_, _, tuple := offloadedTCP(t, j, "203.0.113.10:80")
+	o.Flowtable = append(o.Flowtable, "dmz0")
+	ctx, cancel := context.WithCancel(t.Context())
+	flapping := make(chan struct{})
+	go func() {
+		defer close(flapping)
+		for ctx.Err() == nil {
+			_, _ = j.gw.try("ip link add dmz0 type dummy; ip link del dmz0")
+		}
+	}()
+	for range 30 {
+		mustLoad(t, table, mustBuild(t, flowPolicy(), o))
+		if err := table.Unoffload(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	cancel()
+	<-flapping
+	if list := j.gw.sh("nft list flowtables; nft list chain inet sluice carry"); !strings.Contains(list, "lan0") || !strings.Contains(list, "flow add @offload") {
+		t.Errorf("%v: offloading has ended:\n%s", tuple, list)
+	}
+}
+
+// BenchmarkStockUnoffload measures one renewal of the flowtable.
+func BenchmarkStockUnoffload(b *testing.B) {
+	s := newSpace(b)
+	s.sh("ip link add lan0 type dummy; ip link add wan0 type dummy")
+	table := openTable(b, s)
+	o := testOptions(b)
+	o.Flowtable = []string{"lan0", "wan0"}
+	mustLoad(b, table, mustBuild(b, twoZones(), o))
+	for b.Loop() {
+		if err := table.Unoffload(b.Context()); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
