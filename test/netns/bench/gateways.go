@@ -1,0 +1,165 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+// stand is everything that is measured, in lanes that stand side by side.
+type stand struct {
+	dir   string
+	lanes []*lane
+
+	sluice, bare, proxy *lane
+	// other* take Sluice's place in a self-check.
+	otherBare, otherProxy *lane
+}
+
+// newStand builds the lanes. close is for the caller, also after an error.
+func newStand(ctx context.Context, o options) (*stand, error) {
+	s := &stand{}
+	var err error
+	if s.dir, err = os.MkdirTemp("", "sluice-bench-"); err != nil {
+		return s, fmt.Errorf("make a folder: %w", err)
+	}
+	if s.bare, err = s.lane("bare", s.startBare); err != nil {
+		return s, err
+	}
+	haproxy := func(l *lane) error { return s.startHAProxy(ctx, l) }
+	if s.proxy, err = s.lane("haproxy", haproxy); err != nil {
+		return s, err
+	}
+	if o.selfCheck {
+		if s.otherBare, err = s.lane("bare again", s.startBare); err != nil {
+			return s, err
+		}
+		s.otherProxy, err = s.lane("haproxy again", haproxy)
+		return s, err
+	}
+	s.sluice, err = s.lane("sluice", func(l *lane) error { return s.startSluice(ctx, l, o.gateway) })
+	return s, err
+}
+
+func (s *stand) lane(name string, start func(*lane) error) (*lane, error) {
+	l, err := newLane(name)
+	s.lanes = append(s.lanes, l)
+	if err == nil {
+		err = start(l)
+	}
+	if err != nil {
+		return l, fmt.Errorf("lane %q: %w", name, err)
+	}
+	return l, nil
+}
+
+func (s *stand) close() {
+	for _, l := range s.lanes {
+		l.close()
+	}
+	if s.dir != "" {
+		_ = os.RemoveAll(s.dir)
+	}
+}
+
+// bareRules is all that a masquerading router needs.
+const bareRules = `
+table ip nat {
+	chain postrouting {
+		type nat hook postrouting priority srcnat
+		oifname "wan0" masquerade
+	}
+}
+`
+
+func (s *stand) startBare(l *lane) error {
+	return commandInput(bareRules, "ip", "netns", "exec", l.gw, "nft", "-f", "-")
+}
+
+// proxyRules hand a client's connections to HAProxy. Without NAT rules the
+// baseline has no connection tracking at all.
+const proxyRules = `
+table ip proxy {
+	chain prerouting {
+		type filter hook prerouting priority mangle
+		iifname "lan0" meta l4proto tcp socket transparent 1 meta mark set 1 accept
+		iifname "lan0" meta l4proto tcp tproxy to 127.0.0.1:3129 meta mark set 1 accept
+	}
+}
+`
+
+const proxyConfig = `
+global
+	nbthread 2
+	maxconn 7000
+defaults
+	mode tcp
+	option splice-auto
+	timeout connect 5s
+	timeout client 30s
+	timeout server 30s
+frontend clients
+	bind 127.0.0.1:3129 transparent backlog 4096
+	default_backend destination
+backend destination
+	source 0.0.0.0
+	server original 0.0.0.0:0
+`
+
+func (s *stand) startHAProxy(ctx context.Context, l *lane) error {
+	if err := commandInput(proxyRules, "ip", "netns", "exec", l.gw, "nft", "-f", "-"); err != nil {
+		return err
+	}
+	if err := command("ip", "-n", l.gw, "rule", "add", "fwmark", "1", "lookup", "100"); err != nil {
+		return err
+	}
+	if err := command("ip", "-n", l.gw, "route", "add", "local", "default", "dev", "lo", "table", "100"); err != nil {
+		return err
+	}
+	path := filepath.Join(s.dir, "haproxy-"+l.gw+".cfg")
+	if err := os.WriteFile(path, []byte(proxyConfig), 0o600); err != nil {
+		return fmt.Errorf("write the configuration: %w", err)
+	}
+	var err error
+	if l.daemon, err = start(l.gw, s.dir, nil, "haproxy", "-db", "-f", path); err != nil {
+		return err
+	}
+	return l.daemon.await(ctx, func([]byte) bool { return listens(l.gw, "127.0.0.1:3129") })
+}
+
+// gatewayConfig has one rule for each way that a flow can take.
+const gatewayConfig = `
+networks:
+  lan: {interfaces: [lan0]}
+  wan: {interfaces: [wan0]}
+network_rules:
+  - {name: internet, from: lan, to: wan, relation: nat}
+protocols:
+  decided: {tcp: 5000-5099, udp: 5000-5099}
+  judged: {tcp: 5100-5199, udp: 5100-5199, filter: probe}
+  carried: {tcp: 5200-5299}
+rules:
+  - {name: kernel, action: allow, from: lan, to: wan, protocols: decided}
+  - {name: queued, action: allow, from: lan, to: wan, protocols: judged, filters: {probe: {}}}
+  - {name: user, action: allow, from: lan, to: wan, protocols: carried, no_kernel_mode: true}
+log: {format: json}
+control: {socket: %s}
+`
+
+func (s *stand) startSluice(ctx context.Context, l *lane, program string) error {
+	path := filepath.Join(s.dir, "gateway.yaml")
+	text := fmt.Sprintf(gatewayConfig, filepath.Join(s.dir, "control"))
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		return fmt.Errorf("write the configuration: %w", err)
+	}
+	// The probe filter judges the queued flows; no test tells it anything, so
+	// it leaves them to the kernel.
+	env := []string{"SLUICE_PROBE_SOCKET=" + filepath.Join(s.dir, "probe")}
+	var err error
+	if l.daemon, err = start(l.gw, s.dir, env, program, "run", "-c", path); err != nil {
+		return err
+	}
+	return l.daemon.await(ctx, func(log []byte) bool { return bytes.Contains(log, []byte(`"msg":"ready"`)) })
+}

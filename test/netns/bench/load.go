@@ -1,0 +1,93 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Bounds of the loads. The conntrack table holds a multiple of a burst.
+const (
+	burstFlows   = 25000 // UDP flows of one turn
+	burstWindow  = 2048  // datagrams under way: what a gateway's queues hold, not more
+	connections  = 20000 // TCP connections of one turn
+	inFlight     = 64    // TCP connections that are being made
+	givenUp      = 2 * time.Second
+	warmUp       = 100 * time.Millisecond
+	sendmmsgMany = 64
+)
+
+// amount is what a measurement has counted.
+type amount struct {
+	units float64 // bytes, connections, flows or packets
+	time  time.Duration
+}
+
+func (a amount) rate() float64 { return a.units / a.time.Seconds() }
+
+// throughput reads from a server that sends what it can, and counts the bytes
+// after a warm-up. They are discarded in the kernel, tcp(7) MSG_TRUNC.
+func throughput(l *lane, p path, length time.Duration) (a amount, err error) {
+	err = inside(l.client, func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("socket: %w", err)
+		}
+		defer unix.Close(fd)
+		t := unix.NsecToTimeval(int64(givenUp))
+		src, dst := tcpFlow(l.next(1), p.port(bulk))
+		if err := errors.Join(
+			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &t),
+			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &t),
+			unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}),
+			unix.Bind(fd, src),
+		); err != nil {
+			return fmt.Errorf("prepare the socket: %w", err)
+		}
+		if err := unix.Connect(fd, dst); err != nil {
+			return fmt.Errorf("connect: %w", err)
+		}
+		begun := time.Now()
+		b := make([]byte, 1<<20)
+		var from time.Time
+		for {
+			n, _, err := unix.Recvfrom(fd, b, unix.MSG_TRUNC)
+			if err != nil && !errors.Is(err, unix.EINTR) {
+				return fmt.Errorf("receive: %w", err)
+			}
+			if n == 0 {
+				return errors.New("the flow ended early")
+			}
+			now := time.Now()
+			if from.IsZero() {
+				if now.Sub(begun) >= warmUp {
+					from = now
+				}
+				continue
+			}
+			a.units += float64(n)
+			if a.time = now.Sub(from); a.time >= length {
+				return nil
+			}
+		}
+	})
+	return a, err
+}
+
+// tcpFlow gives the k-th flow its ends: no (destination, source port) comes
+// twice among millions, as a NAT likes it.
+func tcpFlow(k uint32, port uint16) (src, dst *unix.SockaddrInet4) {
+	client, server, sport := ends(k)
+	return &unix.SockaddrInet4{Addr: client, Port: int(sport)}, &unix.SockaddrInet4{Addr: server, Port: int(port)}
+}
+
+// ends spreads flows over 256 servers, 16 clients and the source ports that
+// Linux clients choose from, ip(7) ip_local_port_range.
+func ends(k uint32) (client, server [4]byte, sport uint16) {
+	client, server = clientPrefix, serverPrefix
+	server[3] = byte(k)
+	client[3] = 1 + byte(k>>4)&15
+	return client, server, 32768 + uint16(k>>8%28000)
+}

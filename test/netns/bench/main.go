@@ -1,0 +1,110 @@
+// Command bench measures what the gateway costs, as ratios between it and a
+// baseline that does the same work: a bare nft masquerade ruleset for flows of
+// the kernel, HAProxy in transparent TCP mode for flows of user space.
+//
+// Every gateway stands in a lane of its own, three network namespaces in a row:
+//
+//	client 10.0.0.2 ------ lan0 gw wan0 ------ srv 203.0.113.10
+//	10.64.0.0/16    10.0.0.1 |  | 203.0.113.1    198.18.0.0/16
+//
+// The rounds of a pair follow each other at once and swap their order each
+// time, so that a machine that is busy elsewhere disturbs both alike; what
+// counts is the median of the rounds' own ratios.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+type options struct {
+	gateway   string
+	rounds    int
+	length    time.Duration
+	only      string
+	json      bool
+	strict    bool
+	selfCheck bool
+}
+
+func main() {
+	var o options
+	flag.StringVar(&o.gateway, "gateway", "", "the gateway's program, built with -tags probe")
+	flag.IntVar(&o.rounds, "rounds", 7, "rounds of each case, at least 5")
+	flag.DurationVar(&o.length, "length", time.Second, "length of one round of one lane")
+	flag.StringVar(&o.only, "only", "", "only the cases whose name contains this")
+	flag.BoolVar(&o.json, "json", false, "print JSON instead of a table")
+	flag.BoolVar(&o.strict, "strict", false, "exit status 1 if an expectation is missed")
+	flag.BoolVar(&o.selfCheck, "self-check", false, "measure the baselines against themselves: every ratio must be near 1")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM, unix.SIGHUP)
+	met, err := run(ctx, o)
+	stop()
+	switch {
+	case err != nil:
+		fmt.Fprintln(os.Stderr, "bench: "+err.Error())
+		os.Exit(2)
+	case !met && (o.strict || o.selfCheck):
+		os.Exit(1)
+	}
+}
+
+// run measures all cases and prints them. met says whether every expectation
+// holds.
+func run(ctx context.Context, o options) (met bool, err error) {
+	switch {
+	case flag.NArg() > 0:
+		return false, fmt.Errorf("unknown argument %q", flag.Arg(0))
+	case o.rounds < 5:
+		return false, errors.New("a median wants at least 5 rounds")
+	case o.length < 100*time.Millisecond || o.length > 5*time.Second:
+		return false, errors.New("the length of a round is 100ms to 5s")
+	case os.Geteuid() != 0:
+		return false, errors.New("needs root, for network namespaces")
+	case o.gateway == "" && !o.selfCheck:
+		return false, errors.New("-gateway is missing: start it as scripts/bench")
+	}
+	if err := raiseFileLimit(); err != nil {
+		return false, err
+	}
+	sweep()
+	s, err := newStand(ctx, o)
+	defer s.close()
+	if err != nil {
+		return false, err
+	}
+	report := newReport(o)
+	for _, c := range s.cases(o.length) {
+		if !strings.Contains(c.name, o.only) {
+			continue
+		}
+		r, err := measure(ctx, c, o)
+		if err != nil {
+			return false, fmt.Errorf("%s: %w", c.name, err)
+		}
+		fmt.Fprintln(os.Stderr, report.add(c, r).brief())
+	}
+	return report.met(), report.print(os.Stdout, o.json)
+}
+
+// raiseFileLimit is for the proxies, which inherit it: two sockets and a pipe
+// for each connection.
+func raiseFileLimit() error {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		return fmt.Errorf("read the limit of open files: %w", err)
+	}
+	l.Cur = l.Max
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		return fmt.Errorf("raise the limit of open files: %w", err)
+	}
+	return nil
+}
