@@ -200,7 +200,7 @@ func TestFTPActiveArmedLate(t *testing.T) {
 		}
 		silent := func(h *lab.Host, when string) {
 			t.Helper()
-			if err := connect(h, at, time.Second); !timedOut(err) {
+			if err := briefly(h, at); !timedOut(err) {
 				t.Errorf("%s, %s: %v, want silence", h.Name, when, err)
 			}
 		}

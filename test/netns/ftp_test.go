@@ -73,9 +73,7 @@ func TestFTPCurl(t *testing.T) {
 			if ftp.Saw(way.verb) < before+2 {
 				t.Errorf("the server saw %d more %s, want 2", ftp.Saw(way.verb)-before, way.verb)
 			}
-			if n := kernelData(t, l) - data; n < 2 {
-				t.Errorf("conntrack shows %d new data connections, want 2", n)
-			}
+			lab.Eventually(t, time.Second, "conntrack shows two more data connections", func() bool { return kernelData(t, l) >= data+2 })
 		})
 	}
 	noPermissions(t, g)
@@ -310,7 +308,7 @@ func TestB18FTPExactAndOnce(t *testing.T) {
 		opened[data] = true
 		dropped := func(h *lab.Host, at netip.AddrPort) {
 			t.Helper()
-			if err := connect(h, at, 800*time.Millisecond); !timedOut(err) {
+			if err := briefly(h, at); !timedOut(err) {
 				t.Errorf("%s to %s: %v, want dropped", h.Name, at, err)
 			}
 		}
@@ -358,7 +356,7 @@ func TestFTPPermissionGoneAfterQuit(t *testing.T) {
 		}
 		c.quit(t)
 		noPermissions(t, g)
-		if err := connect(l.Client, data, 800*time.Millisecond); !timedOut(err) {
+		if err := briefly(l.Client, data); !timedOut(err) {
 			t.Errorf("after QUIT: %v, want dropped", err)
 		}
 	})

@@ -148,8 +148,9 @@ func TestHarnessPathMTU(t *testing.T) {
 	narrow(l)
 	inside := l.Client.Capture()
 	both(t, func(t *testing.T, srv, _ netip.Addr) { upload(t, l, netip.AddrPortFrom(srv, 7)) })
+	packets := inside.Stop()
 	for _, proto := range []string{"icmp", "icmpv6"} {
-		if len(lab.Select(inside.Peek(), func(s lab.Seen) bool {
+		if len(lab.Select(packets, func(s lab.Seen) bool {
 			return s.Proto == proto && (s.ICMPType == 3 && s.ICMPCode == 4 || s.ICMPType == 2)
 		})) == 0 {
 			t.Errorf("no %s error was needed: the way out is not narrow", proto)
@@ -167,7 +168,7 @@ func TestHarnessRefusals(t *testing.T) {
 		}
 	}
 	l.Srv.Run("nft", "add table inet silent; add chain inet silent in { type filter hook input priority 0; }; add rule inet silent in tcp dport 9 drop")
-	if err := connect(l.Client, netip.AddrPortFrom(lab.Srv4, 9), time.Second); !timedOut(err) {
+	if err := briefly(l.Client, netip.AddrPortFrom(lab.Srv4, 9)); !timedOut(err) {
 		t.Errorf("a silent port: %v", err)
 	}
 }
@@ -248,6 +249,21 @@ func tryFetch(from *lab.Host, url string) ([]byte, error) {
 // connect opens a TCP connection and closes it.
 func connect(from *lab.Host, to netip.AddrPort, d time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), lab.Patience(d))
+	defer cancel()
+	c, err := from.Dial(ctx, "tcp", to.String())
+	if err == nil {
+		_ = c.Close()
+	}
+	return err
+}
+
+// silence is how long nothing must come: a second, on a slow machine two.
+func silence() time.Duration { return min(lab.Patience(time.Second), 2*time.Second) }
+
+// briefly is connect for where silence is expected: it gives up soon, also on a
+// slow machine.
+func briefly(from *lab.Host, to netip.AddrPort) error {
+	ctx, cancel := context.WithTimeout(context.Background(), silence())
 	defer cancel()
 	c, err := from.Dial(ctx, "tcp", to.String())
 	if err == nil {

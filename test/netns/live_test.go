@@ -195,7 +195,7 @@ func TestB55KilledDaemon(t *testing.T) {
 		echo(t, living[i], "after the daemon's death")
 		echo(t, l.Client.MustDial("tcp", netip.AddrPortFrom(srv, 7).String(), 5*time.Second), "new in the kernel")
 		echo(t, l.Client.MustDial("tcp", netip.AddrPortFrom(srv, 9).String(), 5*time.Second), "fail open")
-		if err := connect(l.Client, netip.AddrPortFrom(srv, 8), 1500*time.Millisecond); !timedOut(err) {
+		if err := briefly(l.Client, netip.AddrPortFrom(srv, 8)); !timedOut(err) {
 			t.Errorf("a flow that needs user space: %v, want dropped", err)
 		}
 	}
@@ -355,7 +355,7 @@ func TestB62GatewayAsHost(t *testing.T) {
 	}
 	for _, outside := range []netip.Addr{lab.Outside4, lab.Outside6} {
 		for _, port := range []uint16{2200, 2201} {
-			if err := connect(l.Srv, netip.AddrPortFrom(outside, port), 1500*time.Millisecond); !timedOut(err) {
+			if err := briefly(l.Srv, netip.AddrPortFrom(outside, port)); !timedOut(err) {
 				t.Errorf("the gateway's port %d from outside: %v, want silence", port, err)
 			}
 		}

@@ -100,12 +100,12 @@ func TestDefaultDeny(t *testing.T) {
 			t.Errorf("a denied datagram: %v, want an ICMP error", err)
 		}
 		if !srv.Is4() {
-			if err := connect(l.Srv, netip.AddrPortFrom(client, 7), 1500*time.Millisecond); !timedOut(err) {
+			if err := briefly(l.Srv, netip.AddrPortFrom(client, 7)); !timedOut(err) {
 				t.Errorf("a connect from outside: %v, want silence", err)
 			}
 		}
 	})
-	if err := connect(l.Srv, netip.AddrPortFrom(lab.Outside4, 7), 1500*time.Millisecond); !timedOut(err) {
+	if err := briefly(l.Srv, netip.AddrPortFrom(lab.Outside4, 7)); !timedOut(err) {
 		t.Errorf("a connect to the outside address: %v, want silence", err)
 	}
 	if p := lab.Select(seen.Stop(), func(s lab.Seen) bool { return !s.Out && s.Dst.Port() == 7 }); len(p) != 0 {
@@ -137,7 +137,7 @@ func TestB42UndefinedProtocol(t *testing.T) {
 	l.Srv.EchoTCP(4242)
 	g := l.Gateway(lab.Config{Rules: "  - {name: all-defined, action: allow, from: lan, to: wan, protocols: [http, dns]}\n"})
 	both(t, func(t *testing.T, srv, client netip.Addr) {
-		if err := connect(l.Client, netip.AddrPortFrom(srv, 4242), 1500*time.Millisecond); err == nil {
+		if err := briefly(l.Client, netip.AddrPortFrom(srv, 4242)); err == nil {
 			t.Error("an undefined protocol passed")
 		}
 		dst := netip.AddrPortFrom(srv, 4242).String()
@@ -189,7 +189,7 @@ func TestB44NoNetworkRule(t *testing.T) {
 		NetworkRules: "  - {name: elsewhere, from: lan, to: lan, relation: route}\n",
 	})
 	for _, srv := range []netip.Addr{lab.Srv4, lab.Srv6} {
-		if err := connect(l.Client, netip.AddrPortFrom(srv, 7), 1500*time.Millisecond); err == nil {
+		if err := briefly(l.Client, netip.AddrPortFrom(srv, 7)); err == nil {
 			t.Errorf("%s: passed without a network rule", srv)
 		}
 	}
@@ -297,7 +297,7 @@ func TestTenThousandRules(t *testing.T) {
 		at := netip.AddrPortFrom(srv, 7)
 		echo(t, l.Client.MustDial("tcp", at.String(), 5*time.Second), "hello")
 		inKernel(t, l, g, "tcp", client, at)
-		if err := connect(l.Client, netip.AddrPortFrom(srv, 8), 1500*time.Millisecond); err == nil {
+		if err := briefly(l.Client, netip.AddrPortFrom(srv, 8)); err == nil {
 			t.Error("what no rule allows passed")
 		}
 	})

@@ -238,5 +238,6 @@ func UDPTo(to netip.AddrPort) func(Seen) bool {
 	return func(s Seen) bool { return s.Proto == "udp" && s.Dst == to }
 }
 
-// Peek gives what is captured so far.
+// Peek gives what is captured so far. A packet of this moment may be missing:
+// only Stop is sure to have it.
 func (c *Capture) Peek() []Seen { return c.packets() }
