@@ -118,7 +118,7 @@ func Build(in Input, o Options) (Ruleset, error) {
 		return Ruleset{}, fmt.Errorf("build the ruleset: %w", err)
 	}
 	b.r.counters = counterNames
-	b.r.flowtable = o.Flowtable
+	b.r.flowtable, b.r.xtQueue = o.Flowtable, !o.Native
 	b.permissionSets()
 	for _, part := range []func() error{b.networkSets, b.upstreamZone, b.arrive, b.steer, b.translate, b.forward, b.pairs, b.gateway} {
 		if err := part(); err != nil {

@@ -68,7 +68,7 @@ func (b *builder) forward() error {
 
 // carryChain has the rules of the chain of that name.
 //
-//	meta l4proto { tcp, udp } flow add @offload
+//	meta l4proto { tcp, udp } flow add @fast
 //	accept
 func carryChain(offloading bool) []rule {
 	rules := []rule{{accept()}}

@@ -323,7 +323,7 @@ func TestStockUnoffloadWhileDevicesVanish(t *testing.T) {
 	}
 	cancel()
 	<-flapping
-	if list := j.gw.sh("nft list flowtables; nft list chain inet sluice carry"); !strings.Contains(list, "lan0") || !strings.Contains(list, "flow add @offload") {
+	if list := j.gw.sh("nft list flowtables; nft list chain inet sluice carry"); !strings.Contains(list, "lan0") || !strings.Contains(list, "flow add @fast") {
 		t.Errorf("%v: offloading has ended:\n%s", tuple, list)
 	}
 }

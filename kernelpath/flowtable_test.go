@@ -16,7 +16,7 @@ func TestFlowtableIsNoReasonToFail(t *testing.T) {
 	for range 2 {
 		mustLoad(t, table, mustBuild(t, twoZones(), o))
 		list := s.sh("nft list table inet sluice")
-		offloads := strings.Contains(list, "flow add @offload")
+		offloads := strings.Contains(list, "flow add @fast")
 		if offloads != strings.Contains(list, "devices = { lo }") || strings.Contains(list, "vanished0") {
 			t.Errorf("the table is\n%s", list)
 		}
@@ -43,15 +43,15 @@ func TestFlowtableText(t *testing.T) {
 	o.Flowtable = []string{"lan0", "wan0"}
 	r := mustBuild(t, twoZones(), o)
 	for _, want := range []string{
-		"flowtable offload {\n\t\thook ingress priority 0\n\t\tdevices = { \"lan0\", \"wan0\" }\n\t\tcounter\n\t}",
-		"chain carry {\n\t\tmeta l4proto { tcp, udp } flow add @offload\n\t\taccept\n\t}",
+		"flowtable fast {\n\t\thook ingress priority 0\n\t\tdevices = { \"lan0\", \"wan0\" }\n\t\tcounter\n\t}",
+		"chain carry {\n\t\tmeta l4proto { tcp, udp } flow add @fast\n\t\taccept\n\t}",
 	} {
 		if !strings.Contains(r.String(), want) {
 			t.Errorf("no %q in\n%s", want, r)
 		}
 	}
 	without := r.offloadingOn(nil).String()
-	if strings.Contains(without, "offload") || !strings.Contains(r.String(), "flow add") {
+	if strings.Contains(without, "flow") || !strings.Contains(r.String(), "flow add") {
 		t.Errorf("without devices:\n%s", without)
 	}
 }

@@ -16,6 +16,7 @@ import (
 type Ruleset struct {
 	counters  []string
 	flowtable []string // devices; none: no flowtable
+	xtQueue   bool     // its queues have the xt form
 	sets      []*set
 	chains    []*chain
 }
@@ -24,7 +25,7 @@ type Ruleset struct {
 const tableName = "sluice"
 
 // flowtableName is the one flowtable, if there is any.
-const flowtableName = "offload"
+const flowtableName = "fast"
 
 // set is an nft set, or a map if it has data.
 type set struct {

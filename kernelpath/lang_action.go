@@ -132,7 +132,7 @@ func enqueue(native bool, first, number uint16, bypass bool) stmt {
 		info = binary.NativeEndian.AppendUint16(info, v)
 	}
 	return stmt{"# xt NFQUEUE " + word + "to " + queues + " (nft's language cannot say it)", func(c *code) {
-		c.add(&expr.Target{Name: "NFQUEUE", Rev: 3, Info: &info})
+		c.add(&expr.Target{Name: xtQueue, Rev: xtQueueRevision, Info: &info})
 	}}
 }
 

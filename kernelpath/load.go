@@ -43,6 +43,11 @@ func (t *Table) Load(r Ruleset) error {
 			return fmt.Errorf("load the ruleset: %w", err)
 		}
 		defer func() { _ = s.close() }()
+		if r.xtQueue {
+			if err := s.wakeXTQueue(); err != nil {
+				return fmt.Errorf("load the ruleset: %w", err)
+			}
+		}
 		err = t.offloading(s, r.flowtable, func(devices []string) error {
 			return t.load(s, r.offloadingOn(devices))
 		})

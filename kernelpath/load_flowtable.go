@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/mdlayher/netlink"
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 )
 
@@ -83,12 +84,13 @@ func (t *Table) offloading(s *socket, devices []string, change func(devices []st
 		return err
 	}
 	usable, reasons := s.offloadable(devices)
-	t.log.Warn("flows of some interfaces are not offloaded: " + strings.Join(append(reasons, err.Error()), "; "))
-	if len(usable) > 0 && len(usable) < len(devices) {
-		if err := change(usable); !refusedFlowtable(err) {
+	if len(usable) > 0 {
+		if err = change(usable); !refusedFlowtable(err) {
+			t.log.Warn("flows of some interfaces are not offloaded: " + strings.Join(reasons, "; "))
 			return err
 		}
 	}
+	t.log.Warn("no flow is offloaded", zap.Error(err))
 	return change(nil)
 }
 

@@ -30,7 +30,7 @@ const probeTable = "sluice_probe"
 var probes = []probe{
 	{Feature{Name: FeatureNftables, Needed: true, Option: "CONFIG_NF_TABLES_INET", Module: "nf_tables", Purpose: "the gateway's table"}, tryRule()},
 	{Feature{Name: FeatureQueueNative, Option: "CONFIG_NFT_QUEUE", Module: "nft_queue", Purpose: "first packets to user space"}, tryRule(&expr.Queue{Num: 1, Total: 2, Flag: expr.QueueFlagBypass})},
-	{Feature{Name: FeatureQueueXT, Option: "CONFIG_NETFILTER_XT_TARGET_NFQUEUE, CONFIG_NFT_COMPAT", Module: "xt_NFQUEUE, nft_compat", Purpose: "the same without nft_queue"}, tryRule(&expr.Target{Name: "NFQUEUE", Rev: 3, Info: &xt.Unknown{1, 0, 1, 0, 0, 0, 0, 0}})},
+	{Feature{Name: FeatureQueueXT, Option: "CONFIG_NETFILTER_XT_TARGET_NFQUEUE, CONFIG_NFT_COMPAT", Module: "xt_NFQUEUE, nft_compat", Purpose: "the same without nft_queue"}, tryXTQueue},
 	{Feature{Name: FeatureNFQueue, Needed: true, Option: "CONFIG_NETFILTER_NETLINK_QUEUE", Module: "nfnetlink_queue", Purpose: "first packets to user space"}, tryQueue},
 	{Feature{Name: FeatureNFLog, Needed: true, Option: "CONFIG_NFT_LOG, CONFIG_NETFILTER_NETLINK_LOG", Module: "nft_log, nfnetlink_log", Purpose: "news of denials and used permissions"}, tryNFLog},
 	{Feature{Name: FeatureTProxy, Needed: true, Option: "CONFIG_NFT_TPROXY", Module: "nft_tproxy", Purpose: "taking flows over in user space"}, tryRule(matchTCP4(&expr.Immediate{Register: 1, Data: []byte{0x04, 0xd2}},
@@ -92,6 +92,18 @@ func tryRule(e ...expr.Any) func() error {
 			return nil
 		})
 	}
+}
+
+// tryXTQueue does so after the kernel was asked to load the target.
+func tryXTQueue() error {
+	s, err := dialTable(0)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(s.wakeXTQueue(), s.close()); err != nil {
+		return err
+	}
+	return tryRule(&expr.Target{Name: xtQueue, Rev: xtQueueRevision, Info: &xt.Unknown{1, 0, 1, 0, 0, 0, 0, 0}})()
 }
 
 // tryNAT does so beside an empty base chain of type nat.
