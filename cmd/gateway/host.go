@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"os"
 
@@ -82,9 +81,6 @@ func downCommand() *cobra.Command {
 	c.Flags().StringVarP(&file, "config", "c", defaultConfig, "configuration file, for marks that were moved")
 	return c
 }
-
-// unoffload takes cut flows out of the flowtable, where there is one.
-func (g *gateway) unoffload() func(context.Context) error { return nil }
 
 // choose picks the forms of things that kernels have in different ways.
 func (g *gateway) choose(f kernelpath.Features) error {

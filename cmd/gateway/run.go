@@ -126,7 +126,7 @@ func (g *gateway) open(undo *ladder) (err error) {
 		return err
 	}
 	undo.add(func() { _ = g.Table.Close() })
-	if g.cutter, err = kernelpath.NewCutter(kernelpath.CutConfig{Marks: m.Bits, Unoffload: g.unoffload(), Logger: g.log.Named("cut")}); err != nil {
+	if g.cutter, err = kernelpath.NewCutter(kernelpath.CutConfig{Marks: m.Bits, Unoffload: g.Unoffload, Logger: g.log.Named("cut")}); err != nil {
 		return err
 	}
 	undo.add(func() { _ = g.cutter.Close() })
