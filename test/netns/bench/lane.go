@@ -46,12 +46,13 @@ func newLane(name string) (*lane, error) {
 			return l, err
 		}
 	}
+	// Neighbours stand still: no round waits for ARP.
 	steps := strings.NewReplacer("CLIENT", l.client, "GW", l.gw, "SRV", l.srv).Replace(`
 		ip -n CLIENT link set lo up
 		ip -n GW link set lo up
 		ip -n SRV link set lo up
-		ip -n GW link add lan0 type veth peer name eth0 netns CLIENT
-		ip -n GW link add wan0 type veth peer name eth0 netns SRV
+		ip -n GW link add lan0 address 02:00:00:00:00:01 type veth peer name eth0 address 02:00:00:00:00:02 netns CLIENT
+		ip -n GW link add wan0 address 02:00:00:00:01:01 type veth peer name eth0 address 02:00:00:00:01:02 netns SRV
 		ip netns exec GW sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0
 		ip netns exec SRV sysctl -qw net.core.somaxconn=65535
 		ip -n CLIENT addr add 10.0.0.2/24 dev eth0
@@ -62,6 +63,10 @@ func newLane(name string) (*lane, error) {
 		ip -n SRV link set eth0 up
 		ip -n GW link set lan0 up
 		ip -n GW link set wan0 up
+		ip -n CLIENT neigh add 10.0.0.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent
+		ip -n GW neigh add 10.0.0.2 lladdr 02:00:00:00:00:02 dev lan0 nud permanent
+		ip -n GW neigh add 203.0.113.10 lladdr 02:00:00:00:01:02 dev wan0 nud permanent
+		ip -n SRV neigh add 203.0.113.1 lladdr 02:00:00:00:01:01 dev eth0 nud permanent
 		ip -n CLIENT route add default via 10.0.0.1
 		ip -n CLIENT route add local 10.64.0.0/16 dev lo
 		ip -n GW route add 10.64.0.0/16 via 10.0.0.2
