@@ -147,8 +147,6 @@ func ifNameValue(name string) value {
 	return value{quote(name), raw}
 }
 
-func addrValue(a netip.Addr) value { return value{a.String(), a.AsSlice()} }
-
 // registers gives the register of each part of a concatenated key: the parts
 // stand one after the other, each padded to 32 bits (nf_tables.h:
 // NFT_REG32_00 is 8 and the same storage as NFT_REG_1).

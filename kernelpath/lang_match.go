@@ -58,7 +58,6 @@ func ctStates(states ...value) stmt {
 }
 
 var (
-	stateInvalid     = host32("invalid", expr.CtStateBitINVALID)
 	stateEstablished = host32("established", expr.CtStateBitESTABLISHED)
 	stateRelated     = host32("related", expr.CtStateBitRELATED)
 	stateNew         = host32("new", expr.CtStateBitNEW)

@@ -15,7 +15,7 @@ const (
 	nlAttrTypeMask = 0x3fff
 
 	nfqSubsystem  = unix.NFNL_SUBSYS_QUEUE << 8
-	nfqMsgPacket  = nfqSubsystem | 0
+	nfqMsgPacket  = nfqSubsystem
 	nfqMsgVerdict = nfqSubsystem | 1
 	nfqMsgConfig  = nfqSubsystem | 2
 

@@ -90,7 +90,7 @@ func (a action) Cancel() error {
 func (g *Gateway) Dial(proto flow.Proto, client netip.Addr, target netip.AddrPort) bool {
 	return g.use(proto, func(p *permission) bool {
 		return !p.bind() && p.client.Addr() == client && p.target == target
-	}, target, netip.AddrPortFrom(client, 0)) != nil
+	}) != nil
 }
 
 // Arrive uses a bind, as a connection from source to an external address does:
@@ -98,14 +98,14 @@ func (g *Gateway) Dial(proto flow.Proto, client netip.Addr, target netip.AddrPor
 func (g *Gateway) Arrive(proto flow.Proto, source netip.Addr, external netip.AddrPort) (client netip.AddrPort, in bool) {
 	p := g.use(proto, func(p *permission) bool {
 		return p.external == external && p.sources.Includes(source)
-	}, netip.AddrPortFrom(source, 20), netip.AddrPort{})
+	})
 	if p == nil {
 		return netip.AddrPort{}, false
 	}
 	return p.client, true
 }
 
-func (g *Gateway) use(proto flow.Proto, fits func(*permission) bool, remote, client netip.AddrPort) *permission {
+func (g *Gateway) use(proto flow.Proto, fits func(*permission) bool) *permission {
 	g.mu.Lock()
 	i := slices.IndexFunc(g.living, func(p *permission) bool { return p.live && p.proto == proto && fits(p) })
 	if i < 0 {
@@ -116,9 +116,6 @@ func (g *Gateway) use(proto flow.Proto, fits func(*permission) bool, remote, cli
 	text := p.String()
 	if !p.multiple {
 		p.endLocked()
-	}
-	if !client.IsValid() {
-		client = p.client
 	}
 	g.mu.Unlock()
 	if !p.multiple {

@@ -71,8 +71,7 @@ const packetSize = 20 + 8 + 18 // IPv4, UDP, the smallest frame's payload
 // mmsghdr is recvmmsg(2)'s.
 type mmsghdr struct {
 	hdr unix.Msghdr
-	len uint32
-	_   [4]byte
+	_   [8]byte // what was sent, and padding
 }
 
 // batch is what one sendmmsg takes.
