@@ -3,6 +3,7 @@ package filterapi
 import (
 	"context"
 	"net/netip"
+	"time"
 
 	"github.com/sluicegw/sluice/flow"
 )
@@ -80,7 +81,37 @@ type DataFilter interface {
 	// ctx means that the connection is over: both sockets fail from then on.
 	//
 	// nil: the filter is done and has closed both sockets or seen both ends
-	// close. ErrReleased: see there. Any other error resets both ends and
-	// stands in the log.
+	// close. ErrReleased: the filter gives the flow back, see below. Any other
+	// error resets both ends and stands in the log.
+	//
+	// ErrReleased may come while other goroutines of the filter wait in Recv or
+	// are on their way from Recv to Send. What has come and what still comes
+	// then passes without the filter; nothing is lost and, within a direction,
+	// nothing is overtaken:
+	//
+	//   - From the return of Pump on every Recv of the filter, also one that
+	//     waits, returns ErrReleased and has received nothing.
+	//   - A Buffer that a Recv gave out before remains the filter's, and what
+	//     comes from that side waits behind it. The goroutine that has it sends
+	//     it on, changed or not, or releases it if it shall not arrive, and
+	//     ends. It has ReleaseGrace for that, which does not run while a Send in
+	//     that direction waits for the far side. After that the Buffer is lost,
+	//     and the log says so.
+	//   - A Send that began before goes on, and what comes waits behind it. Other
+	//     bytes are unknown to the gateway: those that the filter has made, or
+	//     has copied out of a Buffer and released that, it sends before Pump
+	//     returns.
+	//   - When a direction has nothing left in the filter's hands, it goes on
+	//     without the filter, whatever the other one does. From then on a Send
+	//     in that direction fails with ErrReleased. Shutdown and Close do so from
+	//     the return of Pump on.
+	//   - Neither socket may have been closed. Each direction may have ended: an
+	//     io.EOF or another error that a Recv returned is met again by whoever
+	//     carries the flow on, so that a filter which releases need not pass it
+	//     on.
 	Pump(ctx context.Context, conn Connection, internal, external Socket) error
 }
+
+// ReleaseGrace is how long a goroutine of a filter may keep a Buffer after Pump
+// has returned ErrReleased.
+const ReleaseGrace = time.Second

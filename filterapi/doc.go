@@ -46,8 +46,9 @@
 //   - Bound what you hold, and do not read from one side what the other does
 //     not take.
 //   - Hold no lock while calling a Socket, a Session or a Connection.
-//   - ErrReleased is for a moment when no goroutine of the filter is in Recv;
-//     see Interrupter.
+//   - Before Pump returns ErrReleased, send what you have copied. A goroutine
+//     that waits in Recv then is called off; one that has a Buffer sends it on
+//     and ends. The rules are at DataFilter.
 //
 // Package filtertest runs a filter without a gateway. A tutorial is in
 // docs/writing-filters.md.

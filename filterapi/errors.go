@@ -28,11 +28,8 @@ var (
 	ErrNoPorts = errors.New("no free external ports")
 	// ErrQuota: the client holds as many permissions as it may.
 	ErrQuota = errors.New("permission quota of the client is used up")
-	// ErrInterrupted: Interrupter.Interrupt ended this Recv; nothing was
-	// received and the stream goes on.
-	ErrInterrupted = errors.New("interrupted")
-	// ErrReleased, returned by DataFilter.Pump, gives the flow back: both
-	// sockets are open, the filter holds no bytes, and what comes from now on
-	// passes without it.
+	// ErrReleased, returned by DataFilter.Pump, gives the flow back, by the
+	// rules that stand there. Returned by a Socket it says that the filter has
+	// done so: nothing was received or sent.
 	ErrReleased = errors.New("released")
 )

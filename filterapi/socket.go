@@ -9,8 +9,9 @@ type Socket interface {
 	// Recv blocks for the next piece of a stream or the next datagram. The
 	// buffer is the caller's, who hands it on with Send or gives it back with
 	// Release. io.EOF: the far side will send no more, and may still be sent
-	// to. Any other error is final: the far side was reset or the connection
-	// is over.
+	// to. ErrReleased: Pump has given the flow back, and nothing was received;
+	// see DataFilter. Any other error is final: the far side was reset or the
+	// connection is over.
 	Recv() (*Buffer, error)
 	// Send takes the buffer over, also when it fails, and returns when the
 	// next hop has taken it; it blocks while that is full. For a datagram
@@ -21,19 +22,6 @@ type Socket interface {
 	Shutdown(abortive bool) error
 	// Close ends both sides; abortive as in Shutdown.
 	Close(abortive bool) error
-}
-
-// Interrupter is implemented by sockets whose Recv can be called back. A filter
-// that returns ErrReleased while another of its goroutines waits in Recv calls
-// it, and waits until that Recv has answered: nothing is received behind the
-// back of whoever carries the flow on. A filter that meets a socket without it
-// keeps carrying the bytes instead of releasing the flow.
-type Interrupter interface {
-	// Interrupt makes the Recv that waits, or else the next one, return
-	// ErrInterrupted once no received data is left. It does not block, and
-	// the socket works on as before. Exactly one Recv answers it, unless the
-	// stream has ended.
-	Interrupt()
 }
 
 // Buffer is a piece of a stream or one datagram. It has one owner at a time;

@@ -42,10 +42,7 @@ const endWithin = 10 * time.Second
 
 // hop is a Socket as the gateway itself uses it.
 type hop interface {
-	filterapi.Socket
-	// recv is Recv that gives up with errHandover when stop is closed; then no
-	// byte is lost.
-	recv(stop <-chan struct{}) (*filterapi.Buffer, error)
+	revocable
 	// handover says that nothing more is sent by this way, and that the
 	// stream goes on by another.
 	handover()
@@ -117,7 +114,7 @@ func (c *chain) run(l engine.Link, left, right hop) {
 		if c.left.Add(-1) == 0 {
 			close(c.released)
 		}
-		c.relay(in, out)
+		c.relay(in, out, left, right)
 	default:
 		c.failed(l, err)
 	}
@@ -165,18 +162,20 @@ func (c *chain) pump(l engine.Link, internal, external filterapi.Socket) (err er
 }
 
 // relay stands in for a filter that has released the flow.
-func (c *chain) relay(in, out *filterSocket) {
+func (c *chain) relay(in, out *filterSocket, left, right hop) {
 	var back sync.WaitGroup
-	back.Go(func() { c.relayTo(in, out) })
-	c.relayTo(out, in)
+	back.Go(func() {
+		out.quiet(c.f.done, c.f.tcp.log)
+		c.relayTo(left, right)
+	})
+	in.quiet(c.f.done, c.f.tcp.log)
+	c.relayTo(right, left)
 	back.Wait()
 }
 
-// relayTo hands buffers on from one hop to the next, once the filter has
-// nothing in its hands, until the stream ends, breaks, or goes on another way.
-func (c *chain) relayTo(to, from *filterSocket) {
-	from.quiet(c.f.done, c.f.tcp.log)
-	dst, src := to.hop, from.hop
+// relayTo hands buffers on from one hop to the next, until the stream ends,
+// breaks, or goes on another way.
+func (c *chain) relayTo(dst, src hop) {
 	var stop <-chan struct{}
 	if _, ok := src.(*netSocket); ok {
 		stop = c.released

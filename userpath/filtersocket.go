@@ -11,14 +11,23 @@ import (
 	"github.com/sluicegw/sluice/filterapi"
 )
 
-// filterSocket is what a data filter gets for a hop. A filter that releases
-// the flow from one goroutine while another waits in Recv, or is on its way
-// from Recv to Send, could lose or reorder bytes. So the handle knows what
-// the filter has in its hands: the waiting Recv is called off with
-// ErrReleased and takes nothing, and the relay begins when the rest has been
-// sent on or released. From then on the handle does nothing.
+// revocable is a Socket whose Recv can be called off.
+type revocable interface {
+	filterapi.Socket
+	// recv is Recv that gives up with errHandover when stop is closed; then
+	// nothing is lost. Once stop is closed it takes nothing.
+	recv(stop <-chan struct{}) (*filterapi.Buffer, error)
+}
+
+// filterSocket is what a data filter gets for a socket, of a stream or of
+// datagrams. A filter that releases the flow from one goroutine while another
+// waits in Recv, or is on its way from Recv to Send, could lose or reorder
+// bytes. So the handle knows what the filter has in its hands: the waiting Recv
+// is called off with ErrReleased and takes nothing, and the direction goes on
+// without the filter when the rest has been sent on or released. From then on
+// the handle does nothing. The rules are those of filterapi.DataFilter.
 type filterSocket struct {
-	hop
+	revocable
 	other   *filterSocket
 	revoked *onceChan // of both handles of the filter
 
@@ -26,16 +35,17 @@ type filterSocket struct {
 	receiving int                 // calls of Recv
 	sending   int                 // calls of Send
 	held      []*filterapi.Buffer // received here, neither sent on nor released
+	barred    bool                // somebody else sends here now
 
 	changed chan struct{} // rings when one of the above shrinks
 }
 
 // newFilterSockets makes the two handles of one filter.
-func newFilterSockets(internal, external hop) (in, out *filterSocket) {
+func newFilterSockets(internal, external revocable) (in, out *filterSocket) {
 	revoked := new(onceChan)
 	revoked.init()
-	in = &filterSocket{hop: internal, revoked: revoked, changed: make(chan struct{}, 1)}
-	out = &filterSocket{hop: external, revoked: revoked, changed: make(chan struct{}, 1), other: in}
+	in = &filterSocket{revocable: internal, revoked: revoked, changed: make(chan struct{}, 1)}
+	out = &filterSocket{revocable: external, revoked: revoked, changed: make(chan struct{}, 1), other: in}
 	in.other = out
 	return in, out
 }
@@ -45,7 +55,7 @@ func (s *filterSocket) Recv() (*filterapi.Buffer, error) {
 	s.mu.Lock()
 	s.receiving++
 	s.mu.Unlock()
-	b, err := s.hop.recv(s.revoked.ch)
+	b, err := s.recv(s.revoked.ch)
 	s.mu.Lock()
 	s.receiving--
 	if err == nil {
@@ -65,6 +75,7 @@ func (s *filterSocket) hold(b *filterapi.Buffer) *filterapi.Buffer {
 		s.forget(w)
 		b.Release()
 	})
+	w.Addr = b.Addr
 	s.held = append(s.held, w)
 	return w
 }
@@ -81,6 +92,11 @@ func (s *filterSocket) forget(b *filterapi.Buffer) {
 // Send implements filterapi.Socket.
 func (s *filterSocket) Send(b *filterapi.Buffer) error {
 	s.mu.Lock()
+	if s.barred {
+		s.mu.Unlock()
+		b.Release()
+		return filterapi.ErrReleased
+	}
 	s.sending++
 	s.mu.Unlock()
 	// The next owner may give b back to its pool before Send returns, where
@@ -88,7 +104,7 @@ func (s *filterSocket) Send(b *filterapi.Buffer) error {
 	// it from here on.
 	s.other.forget(b)
 	s.forget(b)
-	err := s.hop.Send(b)
+	err := s.revocable.Send(b)
 	s.mu.Lock()
 	s.sending--
 	s.mu.Unlock()
@@ -101,7 +117,7 @@ func (s *filterSocket) Shutdown(abortive bool) error {
 	if s.revoked.closed() {
 		return filterapi.ErrReleased
 	}
-	return s.hop.Shutdown(abortive)
+	return s.revocable.Shutdown(abortive)
 }
 
 // Close implements filterapi.Socket.
@@ -109,38 +125,51 @@ func (s *filterSocket) Close(abortive bool) error {
 	if s.revoked.closed() {
 		return filterapi.ErrReleased
 	}
-	return s.hop.Close(abortive)
+	return s.revocable.Close(abortive)
 }
 
-// heldTooLong is how long a filter may keep a buffer after it has released the
-// flow. Then the buffer counts as thrown away: most likely it was forgotten.
-const heldTooLong = time.Second
-
-// quiet returns when the filter holds nothing that came from here, or the flow
-// is over. revoked is closed.
+// quiet returns when nothing that came from here is in the filter's hands any
+// more, or the flow is over. Then the filter cannot send to the other side any
+// more. revoked is closed.
 func (s *filterSocket) quiet(over <-chan struct{}, log *zap.Logger) {
-	late := time.NewTimer(heldTooLong)
-	defer late.Stop()
-	expired := false
+	grace := time.NewTimer(filterapi.ReleaseGrace)
+	defer grace.Stop()
+	expired, waited := false, false
 	for {
-		s.mu.Lock()
-		receiving, held := s.receiving, len(s.held)
-		s.mu.Unlock()
-		s.other.mu.Lock()
-		sending := s.other.sending
-		s.other.mu.Unlock()
-		if receiving == 0 && sending == 0 && (held == 0 || expired) {
-			if held > 0 {
-				log.Warn("a data filter released its flow and kept buffers", zap.Int("buffers", held))
+		kept, sending, quiet := s.settled(expired)
+		if quiet {
+			if kept > 0 {
+				log.Warn("a data filter released its flow and kept buffers", zap.Int("buffers", kept))
 			}
 			return
 		}
+		if sending || waited { // the far side may take its time
+			grace.Reset(filterapi.ReleaseGrace)
+		}
+		waited = sending
 		select {
 		case <-s.changed:
-		case <-late.C:
-			expired = true
+		case <-grace.C:
+			expired = !sending // else the next round sets it again
 		case <-over:
 			return
 		}
 	}
+}
+
+// settled says what the filter has in its hands of what came from here, and
+// bars it from sending when that is nothing, or was kept too long.
+func (s *filterSocket) settled(expired bool) (kept int, sending, quiet bool) {
+	// A buffer that leaves held between the two locks is counted as sending.
+	s.mu.Lock()
+	receiving := s.receiving > 0
+	kept = len(s.held)
+	s.mu.Unlock()
+	to := s.other
+	to.mu.Lock()
+	defer to.mu.Unlock()
+	sending = to.sending > 0
+	quiet = !receiving && !sending && (kept == 0 || expired)
+	to.barred = quiet
+	return kept, sending, quiet
 }

@@ -121,13 +121,17 @@ func (c *udpChain) wait() {
 // run is one data filter's goroutine.
 func (c *udpChain) run(i int) {
 	name := c.f.udpRequest.chain[i].Name
-	err := c.pump(i)
+	toClient, toNetwork := c.around(i)
+	in, out := newFilterSockets(
+		&udpEnd{ctx: c.f.ctx, far: c.f.far(), in: c.outward[i], out: toClient},
+		&udpEnd{ctx: c.f.ctx, far: c.f.far(), in: c.inward[i], out: toNetwork})
+	err := c.pump(i, in, out)
 	switch {
 	case c.f.ctx.Err() != nil:
 	case err == nil:
 		c.u.end(c.f, flow.Closed, "")
 	case errors.Is(err, filterapi.ErrReleased):
-		c.dropOut(i)
+		c.dropOut(i, in, out)
 	default:
 		c.u.log.Warn("data filter ended its flow", zap.String("filter", name),
 			zap.Stringer("flow", c.f.tuple), zap.Error(err))
@@ -135,7 +139,7 @@ func (c *udpChain) run(i int) {
 	}
 }
 
-func (c *udpChain) pump(i int) (err error) {
+func (c *udpChain) pump(i int, internal, external filterapi.Socket) (err error) {
 	link := c.f.udpRequest.chain[i]
 	defer func() {
 		if r := recover(); r != nil {
@@ -144,9 +148,6 @@ func (c *udpChain) pump(i int) (err error) {
 			err = fmt.Errorf("panic: %v", r)
 		}
 	}()
-	toClient, toNetwork := c.around(i)
-	internal := &udpEnd{ctx: c.f.ctx, far: c.f.far(), in: c.outward[i], out: toClient}
-	external := &udpEnd{ctx: c.f.ctx, far: c.f.far(), in: c.inward[i], out: toNetwork}
 	return link.Filter.Pump(c.f.ctx, c.f.control.Conn(), internal, external)
 }
 
@@ -163,19 +164,26 @@ func (c *udpChain) around(i int) (toClient, toNetwork udpHop) {
 	return toClient, toNetwork
 }
 
-// dropOut joins the neighbours of a filter that gave the flow back. After the
-// last one the flow is carried directly, without copies.
-func (c *udpChain) dropOut(i int) {
+// dropOut joins the neighbours of a filter that gave the flow back, behind
+// what it still has in its hands. After the last one the flow is carried
+// directly, without copies.
+func (c *udpChain) dropOut(i int, in, out *filterSocket) {
+	in.revoked.close()
 	toClient, toNetwork := c.around(i)
+	var back sync.WaitGroup
+	back.Go(func() {
+		out.quiet(c.f.ctx.Done(), c.u.log)
+		c.inward[i].passTo(toClient)
+	})
+	in.quiet(c.f.ctx.Done(), c.u.log)
 	c.outward[i].passTo(toNetwork)
-	c.inward[i].passTo(toClient)
+	back.Wait()
 	if c.holding.Add(-1) == 0 {
 		c.f.chain.Store(nil)
 	}
 }
 
-// udpEnd is one side of a data filter. It implements filterapi.Socket
-// and filterapi.Interrupter.
+// udpEnd is one side of a data filter. It implements filterapi.Socket.
 type udpEnd struct {
 	ctx context.Context
 	far netip.AddrPort
@@ -186,10 +194,11 @@ type udpEnd struct {
 }
 
 // Recv gives the next datagram. filterapi.ErrTerminating: the flow is over.
-func (e *udpEnd) Recv() (*filterapi.Buffer, error) { return e.in.recv(e.ctx) }
+func (e *udpEnd) Recv() (*filterapi.Buffer, error) { return e.recv(nil) }
 
-// Interrupt implements filterapi.Interrupter.
-func (e *udpEnd) Interrupt() { e.in.interrupt() }
+func (e *udpEnd) recv(stop <-chan struct{}) (*filterapi.Buffer, error) {
+	return e.in.recv(e.ctx, stop)
+}
 
 // Send passes a datagram on, or loses it where the next hop is full. An
 // address other than the flow's far one is filterapi.ErrInvalidArgument.

@@ -5,8 +5,10 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"runtime"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/sluicegw/sluice/engine"
 	"github.com/sluicegw/sluice/filterapi"
@@ -33,12 +35,10 @@ func (f *udpCopier) Pump(_ context.Context, _ filterapi.Connection, internal, ex
 	back := make(chan error, 1)
 	go func() { back <- f.copy(external, internal, false) }()
 	err := f.copy(internal, external, true)
-	if errors.Is(err, filterapi.ErrReleased) {
-		external.(filterapi.Interrupter).Interrupt()
-	}
-	inner := <-back
-	if f.ended != nil {
-		f.ended <- inner
+	if !errors.Is(err, filterapi.ErrReleased) {
+		<-back
+	} else if f.ended != nil { // the other half ends when this has returned
+		go func() { f.ended <- <-back }()
 	}
 	return err
 }
@@ -166,11 +166,11 @@ func TestUDPChainReleased(t *testing.T) {
 				t.Fatal(err)
 			}
 			l.saw(seen)
-			if err := <-x.ended; !errors.Is(err, filterapi.ErrInterrupted) {
-				t.Errorf("the filter's other half ended with %v", err)
-			}
 			if data, _ := l.read(c); string(data) != word {
 				t.Errorf("got %q, want %q", data, word)
+			}
+			if err := <-x.ended; !errors.Is(err, filterapi.ErrReleased) {
+				t.Errorf("the filter's other half ended with %v", err)
 			}
 		}
 		released(early, "go")
@@ -190,6 +190,66 @@ func TestUDPChainReleased(t *testing.T) {
 		if e := f.end(); e.counts.OutPackets != 6 || e.counts.InPackets != 6 {
 			t.Errorf("ended %+v", e)
 		}
+	})
+}
+
+// udpKeeper passes the client's first datagram and releases the flow with the
+// answer in its hands, which it sends when it is told to.
+type udpKeeper struct {
+	now  chan struct{}
+	sent chan error
+}
+
+func (f *udpKeeper) Pump(_ context.Context, _ filterapi.Connection, internal, external filterapi.Socket) error {
+	b, err := internal.Recv()
+	if err == nil {
+		err = external.Send(b)
+	}
+	if err == nil {
+		b, err = external.Recv()
+	}
+	if err != nil {
+		return err
+	}
+	go func() {
+		<-f.now
+		f.sent <- errors.Join(internal.Send(b), internal.Shutdown(false))
+	}()
+	return filterapi.ErrReleased
+}
+
+func TestUDPReleaseWaitsForBuffers(t *testing.T) {
+	udpInLab(t, func(l *udpLab) {
+		l.start(UDPConfig{})
+		seen := l.server.echo(udpServer)
+		keeper := &udpKeeper{make(chan struct{}), make(chan error, 1)}
+		c := l.client.listen("10.0.0.2:4000")
+		l.take("10.0.0.2:4000", udpServer, "203.0.113.1:0", udpLinkOf(keeper))
+		for _, text := range []string{"one", "two"} {
+			if _, err := c.WriteToUDPAddrPort([]byte(text), netip.MustParseAddrPort(udpServer)); err != nil {
+				t.Fatal(err)
+			}
+			l.saw(seen)
+		}
+		inward := l.u.find(udpKey{netip.MustParseAddrPort("10.0.0.2:4000"), netip.MustParseAddrPort(udpServer)}).filters.inward[0]
+		for end, waits := time.Now().Add(udpWaitLong), 0; waits == 0; runtime.Gosched() {
+			inward.mu.Lock()
+			waits = len(inward.items)
+			inward.mu.Unlock()
+			if time.Now().After(end) {
+				t.Fatal("the second answer does not wait behind the first")
+			}
+		}
+		close(keeper.now)
+		for _, want := range []string{"one", "two"} {
+			if data, from := l.read(c); string(data) != want || from != netip.MustParseAddrPort(udpServer) {
+				t.Errorf("got %q from %s, want %q", data, from, want)
+			}
+		}
+		if err := <-keeper.sent; !errors.Is(err, filterapi.ErrReleased) {
+			t.Errorf("Shutdown after the release: %v", err)
+		}
+		l.ask(c, udpServer, []byte("three"))
 	})
 }
 
@@ -248,7 +308,7 @@ func TestUDPChainBurst(t *testing.T) {
 			t.Errorf("size %d: the link is not bounded", size)
 		}
 		for range udpLinkBytes / size {
-			if b, err := link.recv(t.Context()); err != nil || len(b.Data) != size {
+			if b, err := link.recv(t.Context(), nil); err != nil || len(b.Data) != size {
 				t.Fatalf("size %d: %v, %v", size, b, err)
 			}
 		}

@@ -35,8 +35,6 @@ type udpLink struct {
 	items []*filterapi.Buffer
 	bytes int
 	shutd bool
-	// interrupts are answered by as many recv, when nothing waits.
-	interrupts int
 	// next takes everything once the filter has dropped out.
 	next udpHop
 	wake chan struct{}
@@ -116,40 +114,32 @@ func (l *udpLink) take() *filterapi.Buffer {
 }
 
 // recv waits for a datagram until ctx is over. io.EOF: the other side has shut
-// down and all was read.
-func (l *udpLink) recv(ctx context.Context) (*filterapi.Buffer, error) {
+// down and all was read. errHandover: stop is closed, and nothing was taken.
+func (l *udpLink) recv(ctx context.Context, stop <-chan struct{}) (*filterapi.Buffer, error) {
 	for {
+		select {
+		case <-stop:
+			return nil, errHandover
+		default:
+		}
 		if ctx.Err() != nil {
 			return nil, filterapi.ErrTerminating
 		}
 		l.mu.Lock()
-		b, shut, interrupted := l.take(), l.shutd, false
-		if b == nil && !shut && l.interrupts > 0 {
-			l.interrupts--
-			interrupted = true
-		}
+		b, shut := l.take(), l.shutd
 		l.mu.Unlock()
 		switch {
 		case b != nil:
 			return b, nil
 		case shut:
 			return nil, io.EOF
-		case interrupted:
-			return nil, filterapi.ErrInterrupted
 		}
 		select {
 		case <-l.wake:
+		case <-stop:
 		case <-ctx.Done():
 		}
 	}
-}
-
-// interrupt makes one recv return when nothing waits.
-func (l *udpLink) interrupt() {
-	l.mu.Lock()
-	l.interrupts++
-	l.mu.Unlock()
-	l.signal()
 }
 
 // passTo sends what waits, and then everything that comes, straight on. The

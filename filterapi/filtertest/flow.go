@@ -31,6 +31,7 @@ type Flow struct {
 	internal *leg
 	external *leg
 	cancel   context.CancelFunc
+	hands    *hands
 	done     chan struct{}
 	err      error // of Pump, after done
 
@@ -42,7 +43,7 @@ func (g *Gateway) newFlow(proto flow.Proto, client, server netip.AddrPort) *Flow
 		gateway: g, session: g.session(client.Addr()),
 		tuple:    flow.Tuple{Proto: proto, Src: client, Dst: server},
 		internal: newLeg(g.Window), external: newLeg(g.Window),
-		cancel: func() {}, done: make(chan struct{}),
+		cancel: func() {}, hands: newHands(), done: make(chan struct{}),
 	}
 	fl.conn = &connection{flow: fl, buffer: filterapi.DefaultStreamBuffer}
 	if proto == flow.UDP {
@@ -101,24 +102,19 @@ func (f *Flow) refuse() {
 
 // pump runs the data filter and does what its result asks for.
 func (f *Flow) pump(ctx context.Context, df filterapi.DataFilter) {
-	err := df.Pump(ctx, f.conn, f.socket(f.internal, ToClient), f.socket(f.external, ToServer))
+	datagram, h := f.tuple.Proto == flow.UDP, f.hands
+	err := df.Pump(ctx, f.conn,
+		&socket{flow: f, leg: f.internal, sent: ToClient, datagram: datagram, to: &h.inward, from: &h.out},
+		&socket{flow: f, leg: f.external, sent: ToServer, datagram: datagram, to: &h.out, from: &h.inward})
 	switch {
 	case errors.Is(err, filterapi.ErrReleased):
-		f.carry()
+		f.release()
 	case err != nil:
 		f.internal.reset(ErrReset)
 		f.external.reset(ErrReset)
 	}
 	f.err = err
 	close(f.done)
-}
-
-func (f *Flow) socket(l *leg, sent What) filterapi.Socket {
-	s := &socket{flow: f, leg: l, sent: sent, datagram: f.tuple.Proto == flow.UDP}
-	if f.gateway.NoInterrupt {
-		return s
-	}
-	return interruptible{s}
 }
 
 // carry joins the two legs without the filter.
@@ -130,7 +126,7 @@ func (f *Flow) carry() {
 
 func join(from, to *lane) {
 	for {
-		seg, err := from.take(1<<20, false)
+		seg, err := from.take(1<<20, false, nil)
 		if errors.Is(err, io.EOF) {
 			to.end()
 			return
@@ -289,6 +285,6 @@ func (e *End) receive() (string, error) {
 	late := errors.New("nothing came in time")
 	timer := time.AfterFunc(patience, func() { e.leg.toEnd.fail(late) })
 	defer timer.Stop()
-	seg, err := e.leg.toEnd.take(1<<20, false)
+	seg, err := e.leg.toEnd.take(1<<20, false, nil)
 	return string(seg.data), err
 }

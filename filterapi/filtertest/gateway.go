@@ -45,8 +45,6 @@ type Gateway struct {
 	Refuse error
 	// Window is how many bytes a stream holds before a send blocks.
 	Window int
-	// NoInterrupt makes the sockets do without filterapi.Interrupter.
-	NoInterrupt bool
 	// Log is what the filter logged.
 	Log *observer.ObservedLogs
 

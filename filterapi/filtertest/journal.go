@@ -25,6 +25,7 @@ const (
 	Expired   What = "expired"   // the Timeout flag
 	ToClient  What = "client<"   // the filter sent Text to the client
 	ToServer  What = "server<"   // the filter sent Text to the server
+	Lost      What = "lost"      // the filter gave the flow back and kept Text too long
 )
 
 // Entry is one thing that happened.
@@ -38,7 +39,7 @@ type Entry struct {
 }
 
 func (e Entry) String() string {
-	if e.What == ToClient || e.What == ToServer {
+	if e.What == ToClient || e.What == ToServer || e.What == Lost {
 		return fmt.Sprintf("%s %q", e.What, e.Text)
 	}
 	return string(e.What) + " " + e.Text
@@ -70,7 +71,7 @@ func (g *Gateway) Permissions() []string {
 	var out []string
 	for _, e := range g.journal.all() {
 		switch e.What {
-		case ToClient, ToServer, Asked:
+		case ToClient, ToServer, Asked, Lost:
 		default:
 			out = append(out, e.String())
 		}

@@ -29,7 +29,7 @@ type lane struct {
 	window int // what may wait; a put blocks beyond it
 	ended  bool
 	err    error
-	nudged bool
+	off    bool // the filter's receive was called off
 }
 
 func newLane(window int) *lane {
@@ -58,21 +58,26 @@ func (l *lane) put(s segment) error {
 }
 
 // take gives the next segment, at most limit bytes of it; the rest stays. With
-// datagrams the rest is lost, as with a short buffer.
-func (l *lane) take(limit int, datagram bool) (segment, error) {
+// datagrams the rest is lost, as with a short buffer. got, if not nil, makes it
+// the receive of a filter: it notes the segment with the lane locked, and a
+// callOff ends the wait.
+func (l *lane) take(limit int, datagram bool, got func(segment)) (segment, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for {
 		switch {
+		case got != nil && l.off:
+			return segment{}, filterapi.ErrReleased
 		case l.err != nil:
 			return segment{}, l.err
 		case len(l.segs) > 0:
-			return l.first(limit, datagram), nil
+			s := l.first(limit, datagram)
+			if got != nil {
+				got(s)
+			}
+			return s, nil
 		case l.ended:
 			return segment{}, io.EOF
-		case l.nudged:
-			l.nudged = false
-			return segment{}, filterapi.ErrInterrupted
 		}
 		l.moved.Wait()
 	}
@@ -109,9 +114,10 @@ func (l *lane) fail(err error) {
 	l.mu.Unlock()
 }
 
-func (l *lane) interrupt() {
+// callOff ends the filter's receives; they take nothing any more.
+func (l *lane) callOff() {
 	l.mu.Lock()
-	l.nudged = true
+	l.off = true
 	l.moved.Broadcast()
 	l.mu.Unlock()
 }
@@ -135,25 +141,36 @@ type socket struct {
 	leg      *leg
 	sent     What // how the journal calls what is sent here
 	datagram bool
+	to, from *way // of what is sent and of what is received here
 }
 
 func (s *socket) Recv() (*filterapi.Buffer, error) {
 	limit := s.flow.bufferSize()
 	for {
-		seg, err := s.leg.fromEnd.take(limit, s.datagram)
-		if err != nil {
-			return nil, err
+		var buf *filterapi.Buffer
+		_, err := s.leg.fromEnd.take(limit, s.datagram, func(seg segment) {
+			if s.datagram && len(seg.data) > limit {
+				return // lost, as the contract of SetBufferSize says
+			}
+			buf = filterapi.NewBuffer(append([]byte(nil), seg.data...), func(b *filterapi.Buffer) {
+				s.flow.hands.forget(b)
+				spoil(b)
+			})
+			buf.Addr = seg.addr
+			s.flow.hands.hold(s.from, buf)
+		})
+		if err != nil || buf != nil {
+			return buf, err
 		}
-		if s.datagram && len(seg.data) > limit {
-			continue // lost, as the contract of SetBufferSize says
-		}
-		buf := filterapi.NewBuffer(append([]byte(nil), seg.data...), spoil)
-		buf.Addr = seg.addr
-		return buf, nil
 	}
 }
 
 func (s *socket) Send(buf *filterapi.Buffer) error {
+	if !s.flow.hands.begin(s.to, buf) {
+		buf.Release()
+		return filterapi.ErrReleased
+	}
+	defer s.flow.hands.sent(s.to)
 	seg := segment{append([]byte(nil), buf.Data...), buf.Addr}
 	buf.Release()
 	spoil(buf)
@@ -162,6 +179,9 @@ func (s *socket) Send(buf *filterapi.Buffer) error {
 }
 
 func (s *socket) Shutdown(abortive bool) error {
+	if s.flow.hands.released() {
+		return filterapi.ErrReleased
+	}
 	if abortive {
 		s.leg.reset(ErrReset)
 		return nil
@@ -171,6 +191,9 @@ func (s *socket) Shutdown(abortive bool) error {
 }
 
 func (s *socket) Close(abortive bool) error {
+	if s.flow.hands.released() {
+		return filterapi.ErrReleased
+	}
 	if abortive {
 		s.leg.reset(ErrReset)
 		return nil
@@ -179,11 +202,6 @@ func (s *socket) Close(abortive bool) error {
 	s.leg.fromEnd.fail(io.ErrClosedPipe)
 	return nil
 }
-
-// interruptible is a socket with the optional Interrupt.
-type interruptible struct{ *socket }
-
-func (s interruptible) Interrupt() { s.leg.fromEnd.interrupt() }
 
 // spoil makes a use after the buffer was given away visible.
 func spoil(buf *filterapi.Buffer) {

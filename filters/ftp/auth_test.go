@@ -5,7 +5,6 @@ import (
 	"testing"
 
 	"github.com/sluicegw/sluice/filterapi"
-	"github.com/sluicegw/sluice/filterapi/filtertest"
 )
 
 func TestAuthRefused(t *testing.T) {
@@ -17,28 +16,22 @@ func TestAuthRefused(t *testing.T) {
 }
 
 func TestAuthPassed(t *testing.T) {
-	for _, noInterrupt := range []bool{false, true} {
-		g := filtertest.New(t, New(), "auth_tls: pass")
-		g.NoInterrupt = noInterrupt
-		fl := talk(t, g)
-		// What follows AUTH is not read as a command before the reply.
-		hidden := "\x16\x03\x01 STOR PORT 10,0,0,2,0,22\r\n"
-		fl.Client.Send("AUTH TLS\r\n" + hidden)
-		fl.Server.Expect("AUTH TLS\r\n")
-		fl.Server.Send("234 go\r\n\x16\x03\x03")
-		fl.Client.Expect("234 go\r\n\x16\x03\x03")
-		fl.Server.Expect(hidden)
-		// Nobody waits in Recv at this moment, so the flow can be given back
-		// whatever the sockets can do.
-		if err := fl.Wait(); !errors.Is(err, filterapi.ErrReleased) {
-			t.Fatalf("Pump: %v, want ErrReleased", err)
-		}
-		fl.Client.Send("\x17\x00")
-		fl.Server.Expect("\x17\x00")
-		fl.Server.Send("\x17\x01")
-		fl.Client.Expect("\x17\x01")
-		permissions(t, g)
+	g, fl := setup(t, "auth_tls: pass")
+	// What follows AUTH is not read as a command before the reply.
+	hidden := "\x16\x03\x01 STOR PORT 10,0,0,2,0,22\r\n"
+	fl.Client.Send("AUTH TLS\r\n" + hidden)
+	fl.Server.Expect("AUTH TLS\r\n")
+	fl.Server.Send("234 go\r\n\x16\x03\x03")
+	fl.Client.Expect("234 go\r\n\x16\x03\x03")
+	fl.Server.Expect(hidden)
+	if err := fl.Wait(); !errors.Is(err, filterapi.ErrReleased) {
+		t.Fatalf("Pump: %v, want ErrReleased", err)
 	}
+	fl.Client.Send("\x17\x00")
+	fl.Server.Expect("\x17\x00")
+	fl.Server.Send("\x17\x01")
+	fl.Client.Expect("\x17\x01")
+	permissions(t, g)
 }
 
 func TestAuthDeclinedByServer(t *testing.T) {

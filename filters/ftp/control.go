@@ -32,10 +32,19 @@ const (
 // the only one that takes commands, the reader of the server the only one that
 // takes replies. mu guards all fields below it and is never held across a call
 // to a socket or to the gateway.
+//
+// When filtering ends, the readers stop, or wait in Recv until the gateway
+// calls them off, and the writers send what there is:
+//
+//	filtering --release--> released --nothing left to send--> handed
+//
+// In released a reader that receives passes it to the writer; in handed it
+// sends it itself, for there is nothing before it.
 type control struct {
 	log     *zap.Logger
 	session filterapi.Session
 	opts    *options
+	running *sync.WaitGroup // all goroutines of the filter
 	conn    filterapi.Connection
 
 	mu       sync.Mutex
@@ -49,29 +58,30 @@ type control struct {
 	epsvOnly bool         // EPSV ALL is in force (RFC 2428, 4)
 
 	// ended: the connection is over, because of cause. released: filtering is
-	// over, bytes pass as they are. handOver: released, and nobody is left in
-	// a Recv that cannot be called back.
+	// over, bytes pass as they are. handed: the gateway carries them.
 	ended    bool
 	cause    error
 	released bool
-	handOver bool
+	handed   bool
 }
 
 // side is one end as the filter sees it.
 type side struct {
-	name   string
-	sock   filterapi.Socket
-	in     []byte // received and not yet accounted for
-	out    []byte // to be sent to it
-	fin    bool   // out ends with a FIN
-	eof    bool   // it has sent its FIN
-	inRecv bool
-	called bool // its Recv was interrupted and has not answered yet
-	handed bool // its reader has stopped for the hand-over
+	name    string
+	sock    filterapi.Socket
+	in      []byte // received and not yet accounted for
+	out     []byte // to be sent to it
+	fin     bool   // out ends with a FIN
+	finSent bool   // its writer has sent that, or does so now
+	eof     bool   // it has sent its FIN
+	inRecv  bool   // its reader waits for it
+	sending bool   // its writer waits for it
+	read    bool   // its reader is done
+	written bool   // its writer is done
 }
 
-func newControl(log *zap.Logger, s filterapi.Session, o *options) *control {
-	c := &control{log: log, session: s, opts: o}
+func newControl(log *zap.Logger, s filterapi.Session, o *options, running *sync.WaitGroup) *control {
+	c := &control{log: log, session: s, opts: o, running: running}
 	c.changed.L = &c.mu
 	// The server speaks first: 220, or 120 and then 220 (RFC 959, 5.4).
 	c.queue = []*exchange{{verb: "greeting"}}
@@ -87,16 +97,22 @@ func (c *control) Pump(ctx context.Context, conn filterapi.Connection, internal,
 	stop := context.AfterFunc(ctx, func() { c.fail(context.Cause(ctx)) })
 	defer stop()
 
-	var wg sync.WaitGroup
-	wg.Go(func() { c.read(&c.client, &c.server, c.commands) })
-	wg.Go(func() { c.read(&c.server, &c.client, c.replies) })
-	wg.Go(func() { c.write(&c.client) })
-	wg.Go(func() { c.write(&c.server) })
-	wg.Wait()
+	c.running.Go(func() { c.read(&c.client, &c.server, c.commands) })
+	c.running.Go(func() { c.read(&c.server, &c.client, c.replies) })
+	c.running.Go(func() { c.write(&c.client) })
+	c.running.Go(func() { c.write(&c.server) })
 
 	c.mu.Lock()
+	for !c.client.done() || !c.server.done() {
+		if !c.ended && c.released && c.client.idle() && c.server.idle() {
+			c.handed = true
+			c.changed.Broadcast()
+			break
+		}
+		c.changed.Wait()
+	}
 	void := c.takeAll()
-	cause, handed := c.cause, c.client.handed && c.server.handed
+	cause, handed := c.cause, c.handed
 	c.mu.Unlock()
 	cancel(void...)
 	switch {
@@ -106,6 +122,15 @@ func (c *control) Pump(ctx context.Context, conn filterapi.Connection, internal,
 		return filterapi.ErrReleased
 	}
 	return errors.Join(internal.Close(false), external.Close(false))
+}
+
+// done: nobody is left who carries anything from or to s.
+func (s *side) done() bool { return s.read && s.written }
+
+// idle: nothing from or to s is in the filter's hands, but for what a Recv may
+// be about to return.
+func (s *side) idle() bool {
+	return (s.read || s.inRecv) && !s.sending && len(s.out) == 0
 }
 
 // fail ends the connection with a reset on both sides. The first cause counts.
@@ -124,26 +149,35 @@ func (c *control) fail(cause error) {
 
 // read is the reader of s. take accounts for what is in s.in.
 func (c *control) read(s, peer *side, take func()) {
+	defer c.readerDone(s)
 	for c.mayReceive(s) {
 		buf, err := s.sock.Recv()
 		c.mu.Lock()
 		s.inRecv = false
+		handed := c.handed
+		var void []*negotiation
 		switch {
+		case handed:
 		case err == nil:
 			s.in = append(s.in, buf.Data...)
-			c.mu.Unlock()
+		case errors.Is(err, io.EOF):
+			void = c.endOf(s, peer)
+		}
+		c.mu.Unlock()
+		switch {
+		case handed:
+			// Whoever carries the connection now meets an end of it as well.
+			if err == nil {
+				_ = peer.sock.Send(buf)
+			}
+			return
+		case err == nil:
 			buf.Release()
 			take()
-		case errors.Is(err, filterapi.ErrInterrupted):
-			s.called = false
-			c.mu.Unlock()
 		case errors.Is(err, io.EOF):
-			void := c.endOf(s, peer)
-			c.mu.Unlock()
 			cancel(void...)
 			return
 		default:
-			c.mu.Unlock()
 			c.fail(err)
 			return
 		}
@@ -151,7 +185,7 @@ func (c *control) read(s, peer *side, take func()) {
 }
 
 // mayReceive waits until s may be read. false: its reader is done, because the
-// connection is over or because both readers have stopped for the hand-over.
+// connection or filtering is over.
 func (c *control) mayReceive(s *side) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -161,21 +195,22 @@ func (c *control) mayReceive(s *side) bool {
 			pending += len(c.server.out)
 		}
 		switch {
-		case c.ended, c.client.handed && c.server.handed:
+		case c.ended, c.released:
 			return false
-		case c.handOver && !s.called:
-			s.handed = true
-			c.changed.Broadcast()
-			if c.client.handed && c.server.handed {
-				return false
-			}
 		case s == &c.client && c.secureOutstanding(), pending >= maxPending:
 		default:
-			s.handed, s.inRecv = false, true
+			s.inRecv = true
 			return true
 		}
 		c.changed.Wait()
 	}
+}
+
+func (c *control) readerDone(s *side) {
+	c.mu.Lock()
+	s.read = true
+	c.changed.Broadcast()
+	c.mu.Unlock()
 }
 
 // endOf handles the FIN of s. Bytes of an incomplete command are not passed
@@ -183,7 +218,6 @@ func (c *control) mayReceive(s *side) bool {
 // what is returned.
 func (c *control) endOf(s, peer *side) []*negotiation {
 	s.eof, peer.fin = true, true
-	c.handOver, s.handed, peer.handed = false, false, false
 	var void []*negotiation
 	if s == &c.server {
 		peer.out = append(append(peer.out, c.held...), s.in...)
@@ -199,72 +233,60 @@ func (c *control) endOf(s, peer *side) []*negotiation {
 // write is the writer of s: it sends out, then the FIN.
 func (c *control) write(s *side) {
 	for {
-		c.mu.Lock()
-		for len(s.out) == 0 && !c.ended && !s.fin && !(c.client.handed && c.server.handed) {
-			c.changed.Wait()
+		out, ok := c.toSend(s)
+		if !ok {
+			return
 		}
-		out := s.out
-		if len(out) > filterapi.DefaultStreamBuffer {
-			out = out[:filterapi.DefaultStreamBuffer:filterapi.DefaultStreamBuffer]
-		}
-		s.out = s.out[len(out):]
-		ended, fin := c.ended, s.fin && len(out) == 0
-		c.changed.Broadcast()
-		c.mu.Unlock()
-
 		var err error
-		switch {
-		case ended:
-			return
-		case len(out) > 0:
+		if len(out) > 0 {
 			err = s.sock.Send(filterapi.NewBuffer(out, nil))
-		case fin:
-			if err = s.sock.Shutdown(false); err == nil {
-				return
-			}
-		default: // handed over
-			return
+		} else {
+			err = s.sock.Shutdown(false)
 		}
 		if err != nil {
 			c.fail(err)
-			return
 		}
 	}
 }
 
+// toSend waits for bytes to be sent to s; none: its FIN is due. false: the
+// writer is done.
+func (c *control) toSend(s *side) (out []byte, ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	defer c.changed.Broadcast()
+	if s.sending {
+		s.sending = false
+		c.changed.Broadcast()
+	}
+	for len(s.out) == 0 && !c.ended && !s.fin && !c.handed {
+		c.changed.Wait()
+	}
+	if c.ended || c.handed || s.finSent {
+		s.written = true
+		return nil, false
+	}
+	// The next hop owns what it gets, up to its capacity.
+	n := min(len(s.out), filterapi.DefaultStreamBuffer)
+	out, s.out = s.out[:n:n], s.out[n:]
+	s.sending, s.finSent = true, n == 0
+	return out, true
+}
+
 // release ends filtering for good: what is held goes out as it came, what
 // comes from now on passes, and nothing that was negotiated stays open. mu is
-// held; the caller calls after without it. The calling reader is not in Recv.
-func (c *control) release() (after func()) {
-	c.released, c.handOver = true, !c.client.eof && !c.server.eof
+// held; the caller cancels what is returned.
+func (c *control) release() []*negotiation {
+	c.released = true
 	for _, x := range c.queue {
 		c.client.out = append(c.client.out, x.own...)
 	}
 	void := c.takeAll()
 	c.client.out = append(append(c.client.out, c.held...), c.server.in...)
 	c.server.out = append(c.server.out, c.client.in...)
-	c.held, c.server.in, c.client.in = nil, nil, nil
-
-	var call []filterapi.Interrupter
-	for _, s := range []*side{&c.client, &c.server} {
-		if !s.inRecv {
-			continue
-		}
-		i, ok := s.sock.(filterapi.Interrupter)
-		if !ok {
-			c.handOver = false
-			continue
-		}
-		s.called = true
-		call = append(call, i)
-	}
+	c.held, c.server.in, c.client.in, c.queue = nil, nil, nil, nil
 	c.changed.Broadcast()
-	return func() {
-		cancel(void...)
-		for _, i := range call {
-			i.Interrupt()
-		}
-	}
+	return void
 }
 
 // pass accounts for s.in after the release. mu is held.
@@ -281,13 +303,13 @@ func (c *control) malformed(s *side, err error) {
 		c.fail(err)
 		return
 	}
-	c.log.Warn("control connection is not filtered any more", zap.Stringer("flow", c.conn.Tuple()), zap.String("from", s.name), zap.Error(err))
 	c.mu.Lock()
 	if c.released || c.ended {
 		c.mu.Unlock()
 		return
 	}
-	after := c.release()
+	void := c.release()
 	c.mu.Unlock()
-	after()
+	c.log.Warn("control connection is not filtered any more", zap.Stringer("flow", c.conn.Tuple()), zap.String("from", s.name), zap.Error(err))
+	cancel(void...)
 }

@@ -351,3 +351,15 @@ func TestServerGoesWithRepliesOutstanding(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// What was given to a socket is the next owner's, also the memory behind it.
+func TestSentBytesAreNotTouchedAgain(t *testing.T) {
+	c := newControl(nil, nil, nil, nil)
+	c.server.out = append(make([]byte, 0, 100), "first"...)
+	out, ok := c.toSend(&c.server)
+	c.server.out = append(c.server.out, "second"...)
+	_ = append(out, "changed"...)
+	if !ok || string(out) != "first" || string(c.server.out) != "second" {
+		t.Errorf("sent %q, to be sent %q", out, c.server.out)
+	}
+}

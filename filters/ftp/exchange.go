@@ -69,11 +69,17 @@ func (c *control) forward(x *exchange, raw, line []byte) {
 		cancel(x.neg)
 		return
 	}
-	c.queue = append(c.queue, x)
+	var void *negotiation
+	if c.server.eof {
+		void = x.neg // no reply comes any more
+	} else {
+		c.queue = append(c.queue, x)
+	}
 	c.client.in = c.client.in[len(raw):]
 	c.server.out = append(c.server.out, line...)
 	c.changed.Broadcast()
 	c.mu.Unlock()
+	cancel(void)
 }
 
 // lockSuperseded takes mu when x, about to begin, has voided what it
@@ -94,7 +100,8 @@ func (c *control) lockSuperseded(x *exchange) {
 }
 
 // answer is the gateway's own reply to the command raw, at the front of
-// client.in. It leaves when all earlier commands have theirs.
+// client.in. It leaves when all earlier commands have theirs; a client that has
+// got the server's FIN gets none.
 func (c *control) answer(raw []byte, text string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -102,9 +109,12 @@ func (c *control) answer(raw []byte, text string) {
 		return
 	}
 	c.client.in = c.client.in[len(raw):]
-	if own := []byte(text + "\r\n"); len(c.queue) == 0 {
+	own := []byte(text + "\r\n")
+	switch {
+	case c.client.fin:
+	case len(c.queue) == 0:
 		c.client.out = append(c.client.out, own...)
-	} else {
+	default:
 		c.queue = append(c.queue, &exchange{own: own})
 	}
 	c.changed.Broadcast()
@@ -228,14 +238,15 @@ func (c *control) finish(x *exchange, line replyLine, instead []byte) {
 		c.epsvOnly = true
 	}
 	void = append(void, c.pop())
-	after := func() {}
-	if x.secures && (line.code == 234 || line.code == 235) {
-		c.log.Info("control connection is encrypted and not filtered any more", zap.Stringer("flow", c.conn.Tuple()))
-		after = c.release()
+	secured := x.secures && (line.code == 234 || line.code == 235)
+	if secured {
+		void = append(void, c.release()...)
 	}
 	c.mu.Unlock()
+	if secured {
+		c.log.Info("control connection is encrypted and not filtered any more", zap.Stringer("flow", c.conn.Tuple()))
+	}
 	cancel(void...)
-	after()
 }
 
 // pop takes the head off the queue and lets the next one become head. It

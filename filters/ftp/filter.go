@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 
 	"go.uber.org/zap"
 
@@ -22,7 +23,10 @@ const Name = "ftp"
 // New makes the filter.
 func New() filterapi.Filter { return &filter{} }
 
-type filter struct{ log *zap.Logger }
+type filter struct {
+	log     *zap.Logger
+	running sync.WaitGroup // goroutines of control connections
+}
 
 func (f *filter) Name() string { return Name }
 
@@ -32,18 +36,19 @@ func (f *filter) Init(fw filterapi.Firewall) (filterapi.Events, error) {
 }
 
 func (f *filter) AttachToSession(s filterapi.Session) (filterapi.SessionFilter, filterapi.Events, error) {
-	return &session{log: f.log, session: s}, filterapi.Events{Types: filterapi.ConnectTCP}, nil
+	return &session{log: f.log, session: s, running: &f.running}, filterapi.Events{Types: filterapi.ConnectTCP}, nil
 }
 
-// Shutdown has nothing to wait for: the goroutines of a control connection end
-// within its Pump.
-func (f *filter) Shutdown() {}
+// Shutdown waits for readers that were called off when Pump gave their
+// connection back. All others have ended within Pump.
+func (f *filter) Shutdown() { f.running.Wait() }
 
 // session is the filter's part in one client's session. It keeps nothing: what
 // a control connection negotiated ends with its Pump.
 type session struct {
 	log     *zap.Logger
 	session filterapi.Session
+	running *sync.WaitGroup
 }
 
 func (s *session) HandleEvent(_ context.Context, ev filterapi.Event) error {
@@ -55,7 +60,7 @@ func (s *session) HandleEvent(_ context.Context, ev filterapi.Event) error {
 	if !ok {
 		opts = &options{}
 	}
-	c := newControl(s.log, s.session, opts)
+	c := newControl(s.log, s.session, opts, s.running)
 	if err := connect.Connection.AttachDataFilter(c, filterapi.PriorityNAT); err != nil {
 		return fmt.Errorf("attach to control connection: %w", err)
 	}

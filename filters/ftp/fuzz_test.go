@@ -136,7 +136,6 @@ func FuzzControl(f *testing.F) {
 		}
 		rule := rules[seed%4]
 		g := filtertest.New(t, New(), rule)
-		g.NoInterrupt = seed&4 != 0
 		fl := g.Connect(client4, server4)
 		r := rand.New(rand.NewPCG(seed, 2))
 		clientSegments, serverSegments := split(r, client), split(r, server)

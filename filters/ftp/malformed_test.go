@@ -3,7 +3,9 @@ package ftp
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 
@@ -80,33 +82,101 @@ func TestMalformedPassed(t *testing.T) {
 	}
 }
 
-// A socket whose Recv cannot be called back keeps the filter as a plain pump.
-func TestMalformedPassedWithoutInterrupt(t *testing.T) {
-	g := filtertest.New(t, New(), "malformed: pass")
-	g.NoInterrupt = true
-	fl := talk(t, g)
-	for i := range 3 {
-		text := fmt.Sprintf("anything %d\x00", i)
-		fl.Client.Send(text)
-		fl.Server.Expect(text)
-		fl.Server.Send(text)
-		fl.Client.Expect(text)
-	}
-	fl.Client.CloseWrite()
-	fl.Server.ExpectEOF()
-	fl.Server.CloseWrite()
-	fl.Client.ExpectEOF()
-	if err := fl.Wait(); err != nil {
-		t.Error(err)
-	}
-}
-
+// A flow is given back whether or not one side has ended before.
 func TestMalformedPassedAtTheEndOfAStream(t *testing.T) {
 	_, fl := setup(t, "malformed: pass")
 	fl.Server.CloseWrite()
 	fl.Client.ExpectEOF()
 	fl.Client.Send("what is this\r\n", "more")
 	fl.Server.Expect("what is this\r\nmore")
+	if err := fl.Wait(); !errors.Is(err, filterapi.ErrReleased) {
+		t.Errorf("Pump: %v, want ErrReleased", err)
+	}
+	fl.Client.CloseWrite()
+	fl.Server.ExpectEOF()
+
+	_, fl = setup(t, "malformed: pass")
+	fl.Client.Send("NOOP\r\n")
+	fl.Client.CloseWrite()
+	fl.Server.Expect("NOOP\r\n")
+	fl.Server.ExpectEOF()
+	fl.Server.Send("what is this\r\n", "more")
+	fl.Client.Expect("what is this\r\nmore")
+	if err := fl.Wait(); !errors.Is(err, filterapi.ErrReleased) {
+		t.Errorf("Pump: %v, want ErrReleased", err)
+	}
+	fl.Server.CloseWrite()
+	fl.Client.ExpectEOF()
+}
+
+// Both sides talk all the time and one of them ends the filtering somewhere:
+// each gets what the other has sent, as it was.
+func TestMalformedPassedUnderLoad(t *testing.T) {
+	for seed := range uint64(300) {
+		r := rand.New(rand.NewPCG(seed, 3))
+		text := func(line, end string) string {
+			var b strings.Builder
+			at, n := r.IntN(40), 40+r.IntN(40)
+			for i := range n {
+				if fmt.Fprintf(&b, line, i); i == at {
+					b.WriteString(end)
+				}
+			}
+			return b.String()
+		}
+		toServer, toClient := text("NOOP %d\r\n", "what\r\n"), text("200 %d\r\n", "")
+		if seed%2 == 0 {
+			toServer, toClient = text("NOOP %d\r\n", ""), text("200 %d\r\n", "what\r\n")
+		}
+		g := filtertest.New(t, New(), "malformed: pass")
+		g.Window = 200
+		fl := g.Connect(client4, server4)
+		var wg sync.WaitGroup
+		play := func(from, to *filtertest.End, text string) {
+			segments := split(r, text)
+			wg.Go(func() {
+				for _, s := range segments {
+					if err := from.Offer(s); err != nil {
+						t.Errorf("seed %d: send: %v", seed, err)
+					}
+				}
+				from.CloseWrite()
+			})
+			wg.Go(func() {
+				if got, err := to.ReadAll(); got != text || err != nil {
+					t.Errorf("seed %d: got %q, %v\nwant %q", seed, got, err, text)
+				}
+			})
+		}
+		play(fl.Client, fl.Server, toServer)
+		play(fl.Server, fl.Client, toClient)
+		wg.Wait()
+		if err := fl.Wait(); err != nil && !errors.Is(err, filterapi.ErrReleased) {
+			t.Errorf("seed %d: Pump: %v", seed, err)
+		}
+		for _, e := range g.Journal() {
+			if e.What == filtertest.Lost {
+				t.Errorf("seed %d: %v", seed, e)
+			}
+		}
+	}
+}
+
+// A server that has ended leaves commands without replies: they pass, and
+// neither they nor the gateway's own answers pile up.
+func TestCommandsAfterTheServerHasEnded(t *testing.T) {
+	g, fl := setup(t, "read_only: true")
+	fl.Server.CloseWrite()
+	fl.Client.ExpectEOF()
+	for range 2 * maxOutstanding {
+		fl.Client.Send(strings.Repeat("\r\nSTOR x\r\nNOOP\r\n", 10))
+		fl.Server.Expect(strings.Repeat("NOOP\r\n", 10))
+	}
+	fl.Client.Send(strings.Repeat("\r\n", maxPending) + portIn)
+	fl.Server.Expect(portOut)
+	if open := g.Open(); len(open) > 0 {
+		t.Errorf("open for a server that answers no more: %v", open)
+	}
 	fl.Client.CloseWrite()
 	fl.Server.ExpectEOF()
 	if err := fl.Wait(); err != nil {
