@@ -35,6 +35,7 @@ func (s *session) AllowFutureConnect(f filterapi.FutureConnect) (filterapi.Actio
 	p.Direction, p.Target = nat.Outbound, f.Target
 	p.Client = netip.AddrPortFrom(s.addr, 0)
 	if err := s.e.grant(p); err != nil {
+		_ = s.e.void(p) // it logs
 		return nil, fmt.Errorf("allow future connect to %v: %w", f.Target, err)
 	}
 	return action{s.e, p}, nil
@@ -52,6 +53,14 @@ func (s *session) BindForClient(b filterapi.Bind) (filterapi.Connection, error) 
 	if !s.e.within(b.Flags, b.Client.Addr(), s.addr) {
 		return nil, fmt.Errorf("bind for client %v, not the session's own address: %w", b.Client, filterapi.ErrPolicyDenied)
 	}
+	if !suits(b.IPFilter, s.addr) {
+		return nil, fmt.Errorf("bind for client %v: IP filter: %w", b.Client, filterapi.ErrInvalidArgument)
+	}
+	// The filters' handlers run in the session.
+	if !s.ref() {
+		return nil, fmt.Errorf("bind for client: %w", filterapi.ErrTerminating)
+	}
+	defer s.e.release(s)
 	p := s.newPermission(primary, b.Proto, b.Flags, b.Expiry)
 	p.Direction, p.Client, p.External = nat.Inbound, b.Client, b.Client
 	p.filter = b.IPFilter.Clone()
@@ -65,13 +74,11 @@ func (s *session) BindForClient(b filterapi.Bind) (filterapi.Connection, error) 
 	}
 	p.object = &connection{
 		e: s.e, session: s, tuple: flow.Tuple{Proto: b.Proto, Dst: p.External}, start: s.e.now(), bind: p,
-		name: p.External, secondary: true,
+		name: p.External,
 	}
 	p.object.inherit(primary, nil)
 	if err := s.e.openBind(p); err != nil {
-		if p.leased {
-			s.e.ports.Return(p.Proto, p.External)
-		}
+		_ = s.e.void(p) // it logs
 		return nil, fmt.Errorf("bind for client %v: %w", b.Client, err)
 	}
 	return p.object, nil
@@ -190,7 +197,7 @@ func (s *session) newPermission(primary *connection, p flow.Proto, flags filtera
 	out.ID = s.e.nextID()
 	out.Proto = p
 	out.Multiple = flags&filterapi.AllowMultiple != 0
-	out.ToUser = flags&filterapi.NoKernelMode != 0 || primary.rule.NoKernelMode || s.e.watchesSecondary(primary.uses)
+	out.ToUser = flags&filterapi.NoKernelMode != 0 || primary.rule.NoKernelMode || s.watchesSecondary(primary.uses)
 	if flags&filterapi.Timeout != 0 {
 		out.Timeout = filterapi.DefaultTimeout
 		if expiry > 0 {
@@ -202,58 +209,23 @@ func (s *session) newPermission(primary *connection, p flow.Proto, flags filtera
 
 // watchesSecondary says whether a filter of the rule wants to hear of
 // secondary connections, which must then come to user space.
-func (e *Engine) watchesSecondary(uses []policy.FilterUse) bool {
+func (s *session) watchesSecondary(uses []policy.FilterUse) bool {
 	const flows = filterapi.ConnectTCP | filterapi.UDPDestination | filterapi.Accepted
-	for _, r := range e.filters {
-		if _, ok := bound(r.events, r.events.Types&flows, r.filter.Name(), uses, true); ok {
+	for _, r := range s.e.filters {
+		ev := s.wants(r)
+		if _, ok := bound(ev, ev.Types&flows, r.filter.Name(), uses, true); ok {
 			return true
 		}
 	}
 	return false
 }
 
-// grant takes a permission in and lets the kernel know of it. When it
-// returns, the permission is in force. A reserved bind is kept from the
-// kernel until it is armed.
-func (e *Engine) grant(p *permission) error {
-	if err := e.perms.add(p, e.quota); err != nil {
-		return err
-	}
-	p.change.Lock()
-	defer p.change.Unlock()
-	if !p.inbound() || p.AnySource || len(p.Sources) > 0 {
-		if err := e.kernel.Install(context.Background(), p.Permission); err != nil {
-			p.mu.Lock()
-			p.state = permVoid
-			p.mu.Unlock()
-			e.perms.leave(p, true, true)
-			return err
-		}
-		p.installed = true
-	}
-	e.expireAfter(p, p.Timeout)
-	return nil
-}
-
-// rearm replaces the sources of a bind, and starts its clock anew.
-func (e *Engine) rearm(p *permission, f *filterapi.IPFilter) error {
-	p.change.Lock()
-	defer p.change.Unlock()
-	p.mu.Lock()
-	if p.state != permWaiting {
-		p.mu.Unlock()
-		return filterapi.ErrTerminating
-	}
-	p.filter = f
-	p.setSources(f)
-	next := p.Permission
-	p.mu.Unlock()
-	p.installed = true
-	if err := e.kernel.Install(context.Background(), next); err != nil {
-		return fmt.Errorf("set IP filter: %w", err)
-	}
-	e.expireAfter(p, p.Timeout)
-	return nil
+// suits says whether the addresses of an IP filter are of the client's family,
+// and plain.
+func suits(f *filterapi.IPFilter, client netip.Addr) bool {
+	return f == nil || !slices.ContainsFunc(f.Addrs, func(a netip.Addr) bool {
+		return !a.IsValid() || a.Is4() != client.Is4() || a.Is4In6() || a.Zone() != ""
+	})
 }
 
 func (p *permission) setSources(f *filterapi.IPFilter) {

@@ -2,9 +2,13 @@ package engine
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
+
+	"go.uber.org/zap"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
@@ -17,6 +21,7 @@ import (
 type connection struct {
 	e       *Engine
 	session *session
+	held    bool // refers to the session until it ends
 	tuple   flow.Tuple
 	inIface string
 	start   time.Time
@@ -26,16 +31,14 @@ type connection struct {
 	protocol  string
 	uses      []policy.FilterUse
 	secondary bool
-	// judged is the tuple that the rule was found by: the flow's own, or that
-	// of its primary connection.
-	judged      flow.Tuple
-	judgedIface string
-	perm        *permission // that let it in; nil: a primary connection
-	bind        *permission // of a bind object
+	perm      *permission // that let it in; nil: a primary connection
+	bind      *permission // of a bind object
 
 	mu       sync.Mutex
-	handler  string // the filter whose handler runs; empty: none
+	handler  string              // the filter whose handler runs; empty: none
+	handling filterapi.EventMask // what it handles
 	denied   bool
+	killed   bool
 	links    []Link
 	buffer   int
 	path     flow.Path
@@ -94,14 +97,44 @@ func (l *living) all() []*connection {
 // public is the connection as filters get it.
 func (c *connection) public() filterapi.Connection { return c }
 
-// open and shut bracket a filter's event handler.
-func (c *connection) open(filter string) {
+// root is the primary connection, by which the rules judge.
+func (c *connection) root() *connection {
+	for {
+		switch {
+		case c.perm != nil:
+			c = c.perm.primary
+		case c.bind != nil:
+			c = c.bind.primary
+		default:
+			return c
+		}
+	}
+}
+
+// inKernel says whether the kernel carries the flow.
+func (c *connection) inKernel() bool {
 	c.mu.Lock()
-	c.handler = filter
+	defer c.mu.Unlock()
+	return c.path == flow.Kernel
+}
+
+// finish marks the end; false: it has ended before.
+func (c *connection) finish() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	first := !c.ended
+	c.ended = true
+	return first
+}
+
+// open and shut bracket a filter's event handler.
+func (c *connection) open(filter string, kind filterapi.EventMask) {
+	c.mu.Lock()
+	c.handler, c.handling = filter, kind
 	c.mu.Unlock()
 }
 
-func (c *connection) shut() { c.open("") }
+func (c *connection) shut() { c.open("", 0) }
 
 func (c *connection) isDenied() bool {
 	c.mu.Lock()
@@ -111,12 +144,14 @@ func (c *connection) isDenied() bool {
 
 // told remembers a filter that heard of the connection.
 func (c *connection) told(r *registered, a *attachment) {
-	if a == nil || a.events.Types&filterapi.Terminating == 0 {
+	if a.events.Types&filterapi.Terminating == 0 {
 		return
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.hearers = append(c.hearers, hearer{r, a})
+	if h := (hearer{r, a}); !slices.Contains(c.hearers, h) { // a bind raises two events
+		c.hearers = append(c.hearers, h)
+	}
 }
 
 func (c *connection) heard() []hearer {
@@ -168,7 +203,7 @@ func (c *connection) AttachDataFilter(df filterapi.DataFilter, class filterapi.P
 func (c *connection) Deny() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.handler == "" {
+	if c.handler == "" || c.handling == filterapi.Listen {
 		return filterapi.ErrBadContext
 	}
 	c.denied = true
@@ -200,7 +235,13 @@ func (c *connection) SetIPFilter(f *filterapi.IPFilter) error {
 	if c.bind == nil {
 		return filterapi.ErrNotSupported
 	}
-	return c.e.rearm(c.bind, f.Clone())
+	if !suits(f, c.session.addr) {
+		return fmt.Errorf("set IP filter: %w", filterapi.ErrInvalidArgument)
+	}
+	if err := c.e.rearm(c.bind, f.Clone()); err != nil {
+		return fmt.Errorf("set IP filter: %w", err)
+	}
+	return nil
 }
 
 // IPFilter implements filterapi.Connection.
@@ -235,6 +276,7 @@ func (c *connection) Kill() {
 		return
 	}
 	c.mu.Lock()
+	c.killed = true // before the decision that is enough
 	path, t, ended := c.path, c.takeover, c.ended
 	c.mu.Unlock()
 	switch {
@@ -242,8 +284,8 @@ func (c *connection) Kill() {
 	case t != nil:
 		t.cut()
 	case path == flow.Kernel:
-		if err := c.e.kernel.Cut(context.Background(), c.tuple); err != nil {
-			c.e.log.Sugar().Errorw("cut failed", "flow", c.tuple.String(), "error", err)
+		if err := c.e.cutKernel(context.Background(), c); err != nil {
+			c.e.log.Error("cut failed", zap.Stringer("flow", c.tuple), zap.Error(err))
 		}
 	}
 }

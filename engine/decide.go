@@ -14,30 +14,63 @@ import (
 // filter, no longer than ctx. Once ctx has ended the answer is not used by
 // anyone, so nothing is kept of the flow then.
 func (e *Engine) Decide(ctx context.Context, first flow.Packet) Decision {
-	c, ok := e.admit(first)
-	if !ok {
-		return e.refuse(c, flow.Denied, "rule")
+	rules := e.Policy()
+	c, refusal := e.admit(rules, first)
+	if refusal != nil {
+		return e.refuse(c, *refusal)
 	}
-	if c.rule == nil || len(c.uses) == 0 && !c.rule.NoKernelMode && c.perm == nil && !e.anyProtocol() {
-		return e.carry(c) // the rules changed while the packet was queued
-	}
-	if err := e.raise(ctx, c); err != nil {
-		result := flow.Denied
-		if !errors.Is(err, errDeniedByFilter) {
-			result = flow.Failed
+	d := Decision{Path: flow.Kernel}
+	if e.concerns(c) {
+		if err := e.raise(ctx, c); err != nil {
+			r := refused{path: refusedPath(c), result: flow.Failed, reason: err.Error()}
+			if errors.Is(err, errDeniedByFilter) {
+				r.result = flow.Denied
+			}
+			return e.refuse(c, r)
 		}
-		return e.refuse(c, result, err.Error())
+		if ctx.Err() != nil {
+			return e.refuse(c, refused{refusedPath(c), flow.Failed, "decision came too late"})
+		}
+		if c.forUser() {
+			d = e.takeOver(c)
+		}
 	}
-	if ctx.Err() != nil {
-		return e.refuse(c, flow.Failed, "decision came too late")
+	if !c.commit(d) {
+		return e.refuse(c, refused{refusedPath(c), flow.CutByPolicy, "killed"})
 	}
+	e.begin(c)
+	// Whoever changed the rules meanwhile found the flow among the living, or
+	// it is judged once more.
+	if e.Policy() != rules && !e.stillAllowed(c) {
+		return e.refuse(c, refused{refusedPath(c), flow.CutByPolicy, "the rules changed meanwhile"})
+	}
+	return d
+}
+
+// concerns says whether a flow has to do with user space. The rules may have
+// changed while its packet was queued.
+func (e *Engine) concerns(c *connection) bool {
+	return c.rule != nil && c.tuple.Proto.HasPorts() &&
+		(len(c.uses) > 0 || c.rule.NoKernelMode || c.perm != nil || e.anyProtocol())
+}
+
+// forUser says whether a flow that the filters have seen goes to user space.
+func (c *connection) forUser() bool {
 	c.mu.Lock()
-	inUser := len(c.links) > 0
-	c.mu.Unlock()
-	if inUser || c.rule.NoKernelMode || c.perm != nil && c.perm.ToUser {
-		return e.takeOver(c)
+	defer c.mu.Unlock()
+	return len(c.links) > 0 || c.rule.NoKernelMode || c.perm != nil && c.perm.ToUser
+}
+
+// commit makes the decision known to the connection; false: it was killed
+// before.
+func (c *connection) commit(d Decision) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.killed {
+		return false
 	}
-	return e.carry(c)
+	c.path, c.takeover = d.Path, d.Takeover
+	return true
 }
 
 // anyProtocol says whether a filter asks for flows of rules that do not name
@@ -51,43 +84,54 @@ func (e *Engine) anyProtocol() bool {
 	return false
 }
 
-// admit makes the connection of a first packet and says whether the rules, or
-// a permission, let it in. A refused one has no session.
-func (e *Engine) admit(p flow.Packet) (*connection, bool) {
-	c := &connection{
-		e: e, tuple: p.Tuple, inIface: p.InIface, start: e.now(),
-		judged: p.Tuple, judgedIface: p.InIface,
+// refused is why a flow never began, and what its sender is told.
+type refused struct {
+	path   flow.Path
+	result flow.Result
+	reason string
+}
+
+// refusedPath is what is told of a flow that the rules allow. UDP datagrams
+// are lost silently.
+func refusedPath(c *connection) flow.Path {
+	if c.tuple.Proto == flow.TCP {
+		return flow.Reject
 	}
-	if perm := e.usePermission(p.Tuple); perm != nil {
+	return flow.Drop
+}
+
+// admit makes the connection of a first packet and says whether the rules, or
+// a permission, refuse it. A refused one has no session.
+func (e *Engine) admit(rules *policy.Policy, p flow.Packet) (*connection, *refused) {
+	c := &connection{e: e, tuple: p.Tuple, inIface: p.InIface, start: e.now()}
+	if perm := e.usePermission(p.Tuple, false); perm != nil {
 		c.inherit(perm.primary, perm)
-		c.session = perm.session
-		if c.session.ref() {
-			return c, true
+		if c.held = perm.session.ref(); !c.held {
+			return c, &refused{refusedPath(c), flow.Denied, "the session of its permission has ended"}
 		}
-		c.session = nil
-		return c, false
+		c.session = perm.session
+		return c, nil
 	}
 	q, err := e.question(p.Tuple, p.InIface)
 	if err != nil {
-		return c, false
+		return c, &refused{flow.Reject, flow.Denied, err.Error()}
 	}
-	v := e.Policy().Judge(q)
-	c.rule, c.uses = v.Rule, v.Filters
-	if v.Protocol != nil {
-		c.protocol = v.Protocol.Name
+	v := rules.Judge(q)
+	c.rule, c.uses, c.protocol = v.Rule, v.Filters, protocolName(v)
+	switch v.Class {
+	case policy.ClassDrop:
+		return c, &refused{flow.Drop, flow.Denied, string(v.Reason)}
+	case policy.ClassReject:
+		return c, &refused{flow.Reject, flow.Denied, string(v.Reason)}
 	}
-	if v.Class == policy.ClassDrop || v.Class == policy.ClassReject {
-		return c, false
-	}
-	c.session = e.acquire(p.Src.Addr())
-	return c, true
+	c.session, c.held = e.acquire(p.Src.Addr()), true
+	return c, nil
 }
 
 // inherit makes a secondary connection run under its primary's rule.
 func (c *connection) inherit(primary *connection, perm *permission) {
 	c.perm, c.secondary = perm, true
 	c.rule, c.protocol, c.uses = primary.rule, primary.protocol, primary.uses
-	c.judged, c.judgedIface = primary.judged, primary.judgedIface
 }
 
 // about is what the events of a connection have in common.
@@ -122,26 +166,13 @@ func (e *Engine) raise(ctx context.Context, c *connection) error {
 	return nil
 }
 
-// refuse ends a flow that never began. UDP destinations are lost silently.
-func (e *Engine) refuse(c *connection, r flow.Result, reason string) Decision {
-	path := flow.Drop
-	if c.tuple.Proto == flow.TCP {
-		path = flow.Reject
-	}
-	e.over(c, flow.End{Tuple: c.tuple, Path: path, Start: c.start, Result: r, Reason: reason})
-	return Decision{Path: path}
+// refuse ends a flow that never began.
+func (e *Engine) refuse(c *connection, r refused) Decision {
+	e.over(c, flow.End{Tuple: c.tuple, Path: r.path, Start: c.start, Result: r.result, Reason: r.reason})
+	return Decision{Path: r.path}
 }
 
-// carry hands a judged flow to the kernel.
-func (e *Engine) carry(c *connection) Decision {
-	c.mu.Lock()
-	c.path = flow.Kernel
-	c.mu.Unlock()
-	e.begin(c)
-	return Decision{Path: flow.Kernel}
-}
-
-// takeOver hands a judged flow to user space.
+// takeOver makes what userpath needs to carry a flow.
 func (e *Engine) takeOver(c *connection) Decision {
 	t := &Takeover{Tuple: c.tuple, flow: c, kill: make(chan struct{})}
 	if c.perm != nil && c.perm.inbound() {
@@ -151,7 +182,6 @@ func (e *Engine) takeOver(c *connection) Decision {
 		t.Dial = e.upstream(c)
 	}
 	c.mu.Lock()
-	c.path, c.takeover = flow.User, t
 	t.Chain = append([]Link(nil), c.links...)
 	t.Buffer = c.buffer
 	c.mu.Unlock()
@@ -161,7 +191,6 @@ func (e *Engine) takeOver(c *connection) Decision {
 			t.Buffer = filterapi.DefaultDatagramBuffer
 		}
 	}
-	e.begin(c)
 	return Decision{Path: flow.User, Takeover: t}
 }
 

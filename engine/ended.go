@@ -11,28 +11,34 @@ import (
 )
 
 // over is the one end of every flow that user space judged: it leaves the
-// list of the living, its permission is settled, its filters hear of it, it
-// is logged once, and its session is released.
+// list of the living, is logged once, its permission is settled, its filters
+// hear of it and its session is released. It does not wait for filters or for
+// the kernel.
 func (e *Engine) over(c *connection, end flow.End) {
-	c.mu.Lock()
-	if c.ended {
-		c.mu.Unlock()
+	if !c.finish() {
 		return
 	}
-	c.ended = true
-	c.mu.Unlock()
 	e.flows.remove(c)
-	end.Stop = e.now()
-	if c.session != nil {
-		e.terminating(c)
+	if end.Stop.IsZero() {
+		end.Stop = e.now()
 	}
+	e.record(end, about{rule: c.rule, protocol: c.protocol, session: c.session, secondary: c.secondary})
 	if c.perm != nil {
 		e.settle(c.perm)
 	}
-	e.record(end, about{rule: c.rule, protocol: c.protocol, session: c.session, secondary: c.secondary})
-	if c.session != nil {
-		e.release(c.session)
+	leave := func() {
+		if c.held {
+			e.release(c.session)
+		}
 	}
+	if len(c.heard()) == 0 {
+		leave()
+		return
+	}
+	e.tasks.run(func() {
+		e.terminating(c)
+		leave()
+	})
 }
 
 // begin takes a flow in. One of the same tuple must have ended, though its
@@ -55,12 +61,10 @@ func (e *Engine) begin(c *connection) {
 const sameStart = time.Second
 
 // KernelEnded takes conntrack's word that a kernel flow is over. It is called
-// for every flow with the Kernel mark, judged here or not.
+// for every flow with the Kernel mark, judged here or not, and does not block.
 func (e *Engine) KernelEnded(end flow.End) {
 	if c := e.flows.find(end.Tuple); c != nil {
-		c.mu.Lock()
-		kernel := c.path == flow.Kernel
-		c.mu.Unlock()
+		kernel := c.inKernel()
 		earlier := !end.Start.IsZero() && end.Start.Add(sameStart).Before(c.start)
 		if kernel && earlier {
 			return // of the flow that c has replaced, which is in the log
@@ -76,7 +80,9 @@ func (e *Engine) KernelEnded(end flow.End) {
 	if end.Start.IsZero() {
 		end.Start = e.now()
 	}
-	end.Stop = e.now()
+	if end.Stop.IsZero() {
+		end.Stop = e.now()
+	}
 	q, err := e.question(end.Tuple, "")
 	if err != nil {
 		e.record(end, about{})
@@ -167,15 +173,17 @@ func (e *Engine) record(end flow.End, a about) {
 	ce.Write(f...)
 }
 
-// Resync ends the kernel flows that are no more, after conntrack's events were
-// lost. alive are the flows of a dump that began at the time since.
+// unconfirmed bounds how long a flow may have been decided and not yet be in
+// conntrack's table: its packet waits for the verdict.
+const unconfirmed = 5 * time.Second
+
+// Resync ends the kernel flows that are no more and of whose end conntrack did
+// not tell: its report was lost, or the flow's first packet never got through.
+// alive are the flows of a dump that began at the time since.
 func (e *Engine) Resync(alive map[flow.Tuple]bool, since time.Time) {
 	for _, c := range e.flows.all() {
-		c.mu.Lock()
-		kernel := c.path == flow.Kernel
-		c.mu.Unlock()
-		if kernel && c.start.Before(since) && !alive[c.tuple] {
-			e.over(c, flow.End{Tuple: c.tuple, Path: flow.Kernel, Start: c.start, Result: flow.Closed, Reason: "conntrack's report was lost"})
+		if c.inKernel() && c.start.Add(unconfirmed).Before(since) && !alive[c.tuple] {
+			e.over(c, flow.End{Tuple: c.tuple, Path: flow.Kernel, Start: c.start, Result: flow.Closed, Reason: "conntrack does not know it any more"})
 		}
 	}
 }

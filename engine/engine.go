@@ -50,6 +50,7 @@ type Engine struct {
 	sessions sessions
 	flows    living
 	perms    permissions
+	tasks    tasks
 
 	lastID atomic.Uint64
 }
@@ -82,6 +83,7 @@ func New(c Config) (*Engine, error) {
 	e.sessions.byAddr = make(map[netip.Addr]*session)
 	e.flows.byTuple = make(map[flow.Tuple]*connection)
 	e.perms.init()
+	e.tasks.init()
 	e.policies.swap(c.Policy, e.now())
 	for _, f := range c.Filters {
 		e.register(f)
@@ -108,14 +110,20 @@ func initFilter(f filterapi.Filter, fw filterapi.Firewall) (ev filterapi.Events,
 	return f.Init(fw)
 }
 
-// Stop ends all sessions and shuts the filters down. Flows in user space must
-// have ended before.
+// Stop ends all sessions, so that every permission is void, and shuts the
+// filters down. Flows in user space must have ended before; what the kernel
+// carries goes on.
 func (e *Engine) Stop() {
 	for _, s := range e.sessions.all() {
+		s.mu.Lock()
 		e.endSession(s)
 	}
+	e.tasks.wait()
+	e.tasks.mu.Lock()
+	e.tasks.stopped = true
+	e.tasks.mu.Unlock()
 	for _, r := range e.filters {
-		r.filter.Shutdown()
+		e.shutdown(r)
 	}
 }
 
@@ -144,6 +152,9 @@ const maxHistory = 16
 func (p *policies) swap(next *policy.Policy, now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if n := len(p.history); n > 0 && p.history[n-1].policy == next {
+		return // loaded again for another reason
+	}
 	if len(p.history) == maxHistory {
 		p.history = append(p.history[:0:0], p.history[1:]...)
 	}

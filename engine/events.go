@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -68,12 +69,17 @@ func bound(ev filterapi.Events, kind filterapi.EventMask, name string, uses []po
 // event for a filter's own options. It is the only place from which filters'
 // handlers are called for a flow that can still be refused.
 func (e *Engine) notify(ctx context.Context, c *connection, kind filterapi.EventMask, event func(options any) filterapi.Event) error {
+	var within context.Context
 	for _, r := range e.filters {
-		options, ok := bound(c.session.wants(r), kind, r.filter.Name(), c.uses, c.secondary)
-		if !ok {
+		if _, ok := bound(c.session.wants(r), kind, r.filter.Name(), c.uses, c.secondary); !ok {
 			continue
 		}
-		if err := e.deliver(ctx, c, r, kind, event(options)); err != nil {
+		if within == nil {
+			var cancel context.CancelFunc
+			within, cancel = forHandlers(ctx)
+			defer cancel()
+		}
+		if err := e.deliver(within, c, r, kind, event); err != nil {
 			return fmt.Errorf("filter %q: %w", r.filter.Name(), err)
 		}
 		if c.isDenied() {
@@ -85,20 +91,23 @@ func (e *Engine) notify(ctx context.Context, c *connection, kind filterapi.Event
 
 var errDeniedByFilter = errors.New("denied")
 
+// forHandlers is the time that the handlers of an event have together: three
+// quarters of what is left. In the rest the flow of a filter that fails open
+// can still be decided.
+func forHandlers(ctx context.Context) (context.Context, context.CancelFunc) {
+	end, ok := ctx.Deadline()
+	if !ok {
+		return ctx, func() {}
+	}
+	return context.WithDeadline(ctx, end.Add(-time.Until(end)/4))
+}
+
 // deliver gives one event to one filter. Its error means that the flow is
-// refused.
-func (e *Engine) deliver(ctx context.Context, c *connection, r *registered, kind filterapi.EventMask, ev filterapi.Event) error {
-	a, err := e.attach(ctx, c.session, r)
-	if err == nil && (a.filter == nil || a.events.Types&kind == 0) {
-		return nil
-	}
-	if err == nil {
-		c.open(r.filter.Name())
-		_, err = call(ctx, func() (struct{}, error) { return struct{}{}, a.filter.HandleEvent(ctx, ev) })
-		c.shut()
-	}
+// refused. When the time is over nobody is called any more, so that a handler
+// that runs on never finds the connection open for another.
+func (e *Engine) deliver(ctx context.Context, c *connection, r *registered, kind filterapi.EventMask, event func(options any) filterapi.Event) error {
+	err := e.handle(ctx, c, r, kind, event)
 	if err == nil || errors.Is(err, filterapi.ErrNotSupported) {
-		c.told(r, a)
 		return nil
 	}
 	var p *panicked
@@ -114,30 +123,60 @@ func (e *Engine) deliver(ctx context.Context, c *connection, r *registered, kind
 	return err
 }
 
+func (e *Engine) handle(ctx context.Context, c *connection, r *registered, kind filterapi.EventMask, event func(options any) filterapi.Event) error {
+	a, err := e.attach(ctx, c.session, r)
+	if err != nil {
+		return err
+	}
+	options, ok := bound(a.wants(), kind, r.filter.Name(), c.uses, c.secondary)
+	if !ok {
+		return nil
+	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("no time is left for it: %w", ctx.Err())
+	}
+	c.told(r, a) // whatever comes of it: the connection is in its hands from now on
+	c.open(r.filter.Name(), kind)
+	defer c.shut()
+	_, err = call(ctx, func() (struct{}, error) { return struct{}{}, a.filter.HandleEvent(ctx, event(options)) })
+	return err
+}
+
+// lastWords bounds the handlers that nothing but the end of a session waits
+// for.
+const lastWords = 5 * time.Second
+
 // terminating tells the filters that saw the connection that it is over.
 func (e *Engine) terminating(c *connection) {
+	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
+	defer cancel()
 	for _, h := range c.heard() {
-		if h.a.events.Types&filterapi.Terminating == 0 {
-			continue
-		}
-		var err error
-		func() {
-			defer recovered(&err)
-			err = h.a.filter.HandleEvent(context.Background(), &filterapi.TerminatingEvent{Connection: c.public()})
-		}()
+		_, err := call(ctx, func() (struct{}, error) {
+			return struct{}{}, h.a.filter.HandleEvent(ctx, &filterapi.TerminatingEvent{Connection: c.public()})
+		})
 		if err != nil && !errors.Is(err, filterapi.ErrNotSupported) {
 			h.r.log.Warn("terminating handler failed", zap.Error(err), zap.Stringer("flow", c.tuple))
 		}
 	}
 }
 
+// detach ends a filter's part in a session; sf may be nil.
 func (e *Engine) detach(r *registered, sf filterapi.SessionFilter) {
-	var err error
-	func() {
-		defer recovered(&err)
-		sf.Detach()
-	}()
-	if err != nil {
-		r.log.Error("detach panicked", zap.Error(err))
+	if sf == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
+	defer cancel()
+	if _, err := call(ctx, func() (struct{}, error) { sf.Detach(); return struct{}{}, nil }); err != nil {
+		r.log.Error("detach failed", zap.Error(err))
+	}
+}
+
+// shutdown ends a filter.
+func (e *Engine) shutdown(r *registered) {
+	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
+	defer cancel()
+	if _, err := call(ctx, func() (struct{}, error) { r.filter.Shutdown(); return struct{}{}, nil }); err != nil {
+		r.log.Error("shutdown failed", zap.Error(err))
 	}
 }

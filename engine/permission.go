@@ -1,12 +1,9 @@
 package engine
 
 import (
-	"context"
 	"net/netip"
 	"sync"
 	"time"
-
-	"go.uber.org/zap"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
@@ -21,7 +18,10 @@ import (
 //
 // A single-use permission is used up by its first flow; what it holds (an
 // external port, the translation map's element) is given back when that flow
-// has ended. One that allows many flows stays armed.
+// has ended. One that allows many flows stays armed. A void one waits a moment
+// for reports of flows that the kernel let in before.
+//
+// The state changes first, under mu, and enforce brings the kernel after it.
 type permission struct {
 	nat.Permission
 	session *session
@@ -29,15 +29,19 @@ type permission struct {
 	object  *connection // of a bind
 	leased  bool        // External comes from the allocator
 
-	change    sync.Mutex // held across kernel changes of this permission
-	installed bool       // the kernel holds something of it; under change
+	change   sync.Mutex // held across kernel changes of this permission
+	inKernel inKernel   // under change
+	freed    bool       // the leased port was returned; under change
 
 	mu     sync.Mutex
 	state  permState
-	flows  int // living flows that it let in
+	late   bool // void a moment ago: the kernel's word of earlier flows counts
+	flows  int  // living flows that it let in
 	filter *filterapi.IPFilter
 	timer  *time.Timer
 	expiry time.Time // zero: none
+
+	counted bool // against the client's quota; under permissions.mu
 }
 
 type permState uint8
@@ -48,6 +52,16 @@ const (
 	permVoid
 )
 
+// inKernel is what the kernel holds of a permission.
+type inKernel uint8
+
+const (
+	holdsNothing inKernel = iota
+	holdsTranslation
+	holdsOpening
+	holdsUnknown // a change failed
+)
+
 func (p *permission) inbound() bool { return p.Direction == nat.Inbound }
 
 func (p *permission) ipFilter() *filterapi.IPFilter {
@@ -56,7 +70,51 @@ func (p *permission) ipFilter() *filterapi.IPFilter {
 	return p.filter.Clone()
 }
 
-// permKey finds the permission of a flow by what the kernel's sets match too.
+// admits says whether a flow may come in now. late: the kernel says that it
+// has, by what was in force a moment ago. p.mu is held.
+func (p *permission) admits(src netip.Addr, late bool) bool {
+	if late {
+		return p.state != permVoid || p.late
+	}
+	return p.state == permWaiting && (!p.inbound() || p.filter.Includes(src))
+}
+
+// wanted is what the kernel is to hold, and the permission in that form. p.mu
+// is held.
+func (p *permission) wanted() (inKernel, nat.Permission) {
+	out := p.Permission
+	if p.state == permWaiting && (!p.inbound() || p.AnySource || len(p.Sources) > 0) {
+		return holdsOpening, out
+	}
+	if p.leased && p.flows > 0 {
+		out.Sources, out.AnySource = nil, false
+		return holdsTranslation, out
+	}
+	return holdsNothing, out
+}
+
+// over says that nothing will come of the permission any more. p.mu is held.
+func (p *permission) over() bool { return p.state != permWaiting && p.flows == 0 && !p.late }
+
+// end moves a waiting permission on to used or void; false: it waits no more.
+func (p *permission) end(to permState) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.endLocked(to)
+}
+
+func (p *permission) endLocked(to permState) bool {
+	if p.state != permWaiting {
+		return false
+	}
+	p.state, p.late, p.expiry = to, to == permVoid, time.Time{}
+	if p.timer != nil {
+		p.timer.Stop()
+	}
+	return true
+}
+
+// permKey finds the permissions of a flow by what the kernel's sets match too.
 type permKey struct {
 	proto  flow.Proto
 	client netip.Addr // of an outbound one
@@ -70,18 +128,21 @@ func (p *permission) key() permKey {
 	return permKey{proto: p.Proto, client: p.Client.Addr(), dst: p.Target}
 }
 
+// permissions are those that wait or whose flows live. Its lock is taken
+// before that of a permission or a session, never after.
 type permissions struct {
 	mu       sync.Mutex
-	byKey    map[permKey]*permission
-	byClient map[netip.Addr]int // that wait
+	byKey    map[permKey][]*permission // oldest first
+	byClient map[netip.Addr]int        // that wait
 }
 
 func (s *permissions) init() {
-	s.byKey = make(map[permKey]*permission)
+	s.byKey = make(map[permKey][]*permission)
 	s.byClient = make(map[netip.Addr]int)
 }
 
-// add takes a permission in, within the client's quota.
+// add takes a permission in, within the client's quota. An address that a
+// living session has open is not given to another.
 func (s *permissions) add(p *permission, quota int) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -89,205 +150,87 @@ func (s *permissions) add(p *permission, quota int) error {
 	if s.byClient[client] >= quota {
 		return filterapi.ErrQuota
 	}
-	if old := s.byKey[p.key()]; old != nil && old.session != p.session {
-		return filterapi.ErrAlreadyExists
+	for _, old := range s.byKey[p.key()] {
+		if old.session != p.session && old.waits() && old.session.lives() {
+			return filterapi.ErrAlreadyExists
+		}
 	}
+	// A session that ends later finds the permission in its list.
+	if !p.session.lives() {
+		return filterapi.ErrTerminating
+	}
+	p.counted = true
 	s.byClient[client]++
-	s.byKey[p.key()] = p
+	s.byKey[p.key()] = append(s.byKey[p.key()], p)
+	p.session.perms[p] = struct{}{}
 	return nil
 }
 
-// leave takes a permission off the client's quota, and off the list if gone.
-func (s *permissions) leave(p *permission, wasWaiting, gone bool) {
+func (p *permission) waits() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.state == permWaiting
+}
+
+// discharge takes a permission that waits no more off the client's quota.
+func (s *permissions) discharge(p *permission) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if wasWaiting {
-		if s.byClient[p.session.addr]--; s.byClient[p.session.addr] == 0 {
-			delete(s.byClient, p.session.addr)
-		}
+	if !p.counted {
+		return
 	}
-	if gone && s.byKey[p.key()] == p {
-		delete(s.byKey, p.key())
+	p.counted = false
+	if s.byClient[p.session.addr]--; s.byClient[p.session.addr] == 0 {
+		delete(s.byClient, p.session.addr)
 	}
 }
 
-func (s *permissions) find(t flow.Tuple) *permission {
+// drop takes a permission that is over off the list.
+func (s *permissions) drop(p *permission) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if p := s.byKey[permKey{t.Proto, t.Src.Addr(), t.Dst}]; p != nil {
-		return p
+	delete(p.session.perms, p)
+	key := p.key()
+	for i, x := range s.byKey[key] {
+		if x != p {
+			continue
+		}
+		rest := append(s.byKey[key][:i:i], s.byKey[key][i+1:]...)
+		if s.byKey[key] = rest; len(rest) == 0 {
+			delete(s.byKey, key)
+		}
+		return
 	}
-	return s.byKey[permKey{proto: t.Proto, dst: t.Dst}]
+}
+
+// find gives the permissions that may have let a flow in, oldest first.
+func (s *permissions) find(t flow.Tuple) []*permission {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := s.byKey[permKey{t.Proto, t.Src.Addr(), t.Dst}]
+	in := s.byKey[permKey{proto: t.Proto, dst: t.Dst}]
+	if len(in) == 0 {
+		return out[:len(out):len(out)]
+	}
+	return append(out[:len(out):len(out)], in...)
 }
 
 func (s *permissions) all() []*permission {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	out := make([]*permission, 0, len(s.byKey))
-	for _, p := range s.byKey {
-		out = append(out, p)
+	for _, same := range s.byKey {
+		out = append(out, same...)
 	}
 	return out
 }
 
 func (s *permissions) of(owner *session) []*permission {
-	var out []*permission
-	for _, p := range s.all() {
-		if p.session == owner {
-			out = append(out, p)
-		}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]*permission, 0, len(owner.perms))
+	for p := range owner.perms {
+		out = append(out, p)
 	}
 	return out
 }
-
-// usePermission finds the waiting permission that lets a flow in and counts the flow;
-// a single-use one is used up. nil: there is none.
-func (e *Engine) usePermission(t flow.Tuple) *permission {
-	p := e.perms.find(t)
-	if p == nil {
-		return nil
-	}
-	p.mu.Lock()
-	if p.state != permWaiting || p.inbound() && !p.filter.Includes(t.Src.Addr()) {
-		p.mu.Unlock()
-		return nil
-	}
-	p.flows++
-	usedUp := !p.Multiple
-	if usedUp {
-		p.state = permUsed
-		p.stop()
-	}
-	p.mu.Unlock()
-	if usedUp {
-		e.perms.leave(p, true, false)
-		go e.usedUp(p)
-	}
-	return p
-}
-
-// usedUp takes out of the kernel what would let a second flow in. The
-// translation of a leased address stays as long as its flow.
-func (e *Engine) usedUp(p *permission) {
-	p.change.Lock()
-	defer p.change.Unlock()
-	if !p.installed {
-		return
-	}
-	var err error
-	if p.leased {
-		err = e.kernel.Install(context.Background(), p.closed())
-	} else {
-		err = e.kernel.Remove(context.Background(), p.Permission)
-		p.installed = false
-	}
-	if err != nil {
-		e.log.Error("closing a used permission failed", zap.Error(err))
-	}
-}
-
-// closed is the permission as it is when no more flows may come.
-func (p *permission) closed() nat.Permission {
-	out := p.Permission
-	out.Sources, out.AnySource = nil, false
-	return out
-}
-
-func (p *permission) stop() {
-	if p.timer != nil {
-		p.timer.Stop()
-	}
-	p.expiry = time.Time{}
-}
-
-// KernelUsed takes the kernel's word that the first packet of a flow was let
-// in by a permission, without user space.
-func (e *Engine) KernelUsed(first flow.Packet) {
-	p := e.usePermission(first.Tuple)
-	if p == nil || !p.session.ref() {
-		return // cancelled or expired in the same moment: the kernel was first
-	}
-	c := &connection{e: e, session: p.session, tuple: first.Tuple, inIface: first.InIface, start: e.now(), path: flow.Kernel}
-	c.inherit(p.primary, p)
-	e.begin(c)
-}
-
-// void ends a permission that waits; one with living flows keeps what these
-// need until they end.
-func (e *Engine) void(p *permission) error {
-	p.mu.Lock()
-	if p.state != permWaiting {
-		p.mu.Unlock()
-		return filterapi.ErrTerminating
-	}
-	p.state = permVoid
-	p.stop()
-	idle := p.flows == 0
-	p.mu.Unlock()
-	e.perms.leave(p, true, idle)
-	if idle {
-		return e.giveBack(p)
-	}
-	p.change.Lock()
-	defer p.change.Unlock()
-	if p.leased {
-		return e.kernel.Install(context.Background(), p.closed())
-	}
-	p.installed = false
-	return e.kernel.Remove(context.Background(), p.Permission)
-}
-
-// settle notes the end of a flow that the permission let in.
-func (e *Engine) settle(p *permission) {
-	p.mu.Lock()
-	p.flows--
-	last := p.flows == 0 && p.state != permWaiting
-	p.mu.Unlock()
-	if last {
-		e.perms.leave(p, false, true)
-		if err := e.giveBack(p); err != nil {
-			e.log.Error("removing a used permission failed", zap.Error(err))
-		}
-	}
-}
-
-// giveBack removes everything that the kernel holds for a permission and
-// returns its port.
-func (e *Engine) giveBack(p *permission) error {
-	p.change.Lock()
-	defer p.change.Unlock()
-	var err error
-	if p.installed {
-		err = e.kernel.Remove(context.Background(), p.Permission)
-		p.installed = false
-	}
-	if p.leased {
-		e.ports.Return(p.Proto, p.External)
-	}
-	return err
-}
-
-// expireAfter starts or restarts the clock of a permission.
-func (e *Engine) expireAfter(p *permission, d time.Duration) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if d == 0 || p.state != permWaiting {
-		return
-	}
-	if p.timer != nil {
-		p.timer.Stop()
-	}
-	p.expiry = e.now().Add(d)
-	p.timer = time.AfterFunc(d, func() {
-		_ = e.void(p) // used up or cancelled meanwhile
-	})
-}
-
-// action is a permission as its filter holds it.
-type action struct {
-	e *Engine
-	p *permission
-}
-
-// Cancel implements filterapi.Action.
-func (a action) Cancel() error { return a.e.void(a.p) }

@@ -2,9 +2,13 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"net/netip"
+	"slices"
 	"sort"
 	"time"
+
+	"go.uber.org/zap"
 
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/nat"
@@ -14,9 +18,12 @@ import (
 // stillAllowed judges a flow, or the primary connection that it came from, by
 // the policy in force.
 func (e *Engine) stillAllowed(c *connection) bool {
-	return e.allowedNow(c.judged, c.judgedIface)
+	root := c.root()
+	return e.allowedNow(root.tuple, root.inIface)
 }
 
+// allowedNow judges a tuple by the policy in force; what cannot be judged is
+// not allowed.
 func (e *Engine) allowedNow(t flow.Tuple, inIface string) bool {
 	q, err := e.question(t, inIface)
 	if err != nil {
@@ -27,46 +34,69 @@ func (e *Engine) allowedNow(t flow.Tuple, inIface string) bool {
 }
 
 // Recheck ends what the policy in force no longer allows: flows in user
-// space, the kernel's flows (as just dumped from conntrack), and permissions.
+// space, the kernel's flows (also those as just dumped from conntrack that
+// user space never saw), and permissions.
 func (e *Engine) Recheck(ctx context.Context, kernel []flow.Tuple) error {
 	for _, p := range e.perms.all() {
 		if !e.stillAllowed(p.primary) {
 			_ = e.void(p) // used up or gone: its flows are looked at below
 		}
 	}
+	var known []*connection
 	for _, c := range e.flows.all() {
-		c.mu.Lock()
-		t := c.takeover
-		c.mu.Unlock()
-		if t != nil && !e.stillAllowed(c) {
-			t.cut()
+		if e.stillAllowed(c) {
+			continue
 		}
-	}
-	var cut []flow.Tuple
-	for _, t := range kernel {
-		if c := e.flows.find(t); c != nil {
-			if !e.stillAllowed(c) {
-				cut = append(cut, t)
-			}
-		} else if !e.allowedNow(t, "") {
-			cut = append(cut, t)
-		}
-	}
-	if len(cut) == 0 {
-		return nil
-	}
-	return e.kernel.Cut(ctx, cut...)
-}
-
-// CutUser ends every flow in user space.
-func (e *Engine) CutUser() {
-	for _, c := range e.flows.all() {
 		c.mu.Lock()
 		t := c.takeover
 		c.mu.Unlock()
 		if t != nil {
 			t.cut()
+		} else {
+			known = append(known, c)
 		}
+	}
+	var cut []flow.Tuple
+	for _, t := range kernel {
+		if e.flows.find(t) == nil && !e.allowedNow(t, "") {
+			cut = append(cut, t)
+		}
+	}
+	err := e.cutKernel(ctx, known...)
+	if len(cut) > 0 {
+		err = errors.Join(err, e.kernel.Cut(ctx, cut...))
+	}
+	return err
+}
+
+// cutKernel cuts kernel flows. One that was decided a moment ago may not be in
+// conntrack's table yet, where the cut would find it; it is cut again.
+func (e *Engine) cutKernel(ctx context.Context, flows ...*connection) error {
+	if len(flows) == 0 {
+		return nil
+	}
+	var tuples []flow.Tuple
+	var young []*connection
+	now := e.now()
+	for _, c := range flows {
+		tuples = append(tuples, c.tuple)
+		if now.Before(c.start.Add(unconfirmed)) {
+			young = append(young, c)
+		}
+	}
+	if len(young) > 0 {
+		e.later(cutAgain, func() { e.cutYoung(young) })
+	}
+	return e.kernel.Cut(ctx, tuples...)
+}
+
+// cutAgain is longer than a decision may take.
+const cutAgain = time.Second
+
+func (e *Engine) cutYoung(flows []*connection) {
+	flows = slices.DeleteFunc(flows, func(c *connection) bool { return e.flows.find(c.tuple) != c })
+	if err := e.cutKernel(context.Background(), flows...); err != nil {
+		e.log.Error("cut failed", zap.Error(err))
 	}
 }
 
@@ -147,6 +177,10 @@ func (e *Engine) Permissions() []PermissionInfo {
 	out := make([]PermissionInfo, 0, len(all))
 	for _, p := range all {
 		p.mu.Lock()
+		if p.state != permWaiting && p.flows == 0 {
+			p.mu.Unlock()
+			continue
+		}
 		i := PermissionInfo{
 			Permission: p.Permission, Session: p.session.id, Owner: p.session.addr,
 			Rule: p.primary.rule.Name, State: "used", Flows: p.flows, Expires: p.expiry,

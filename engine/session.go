@@ -2,14 +2,16 @@ package engine
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"sync"
 
 	"github.com/sluicegw/sluice/filterapi"
 )
 
-// session is everything one client address does. It lives while anything
-// refers to it: a flow, or a permission that waits.
+// session is everything one client address does. It lives as long as anything
+// refers to it: a flow, or an event that is being raised. Permissions that
+// wait do not; they end with it.
 type session struct {
 	e    *Engine
 	id   uint64
@@ -19,6 +21,8 @@ type session struct {
 	refs     int
 	ended    bool
 	attached map[*registered]*attachment
+
+	perms map[*permission]struct{} // under permissions.mu
 }
 
 // attachment is one filter's part in a session. ready is closed when the other
@@ -27,6 +31,17 @@ type attachment struct {
 	ready  chan struct{}
 	filter filterapi.SessionFilter // nil: not interested
 	events filterapi.Events
+	err    error
+}
+
+// done says whether the filter has answered.
+func (a *attachment) done() bool {
+	select {
+	case <-a.ready:
+		return true
+	default:
+		return false
+	}
 }
 
 type sessions struct {
@@ -51,7 +66,10 @@ func (e *Engine) acquire(addr netip.Addr) *session {
 	if s := e.sessions.byAddr[addr]; s != nil && s.ref() {
 		return s
 	}
-	s := &session{e: e, id: e.nextID(), addr: addr, refs: 1, attached: make(map[*registered]*attachment)}
+	s := &session{
+		e: e, id: e.nextID(), addr: addr, refs: 1,
+		attached: make(map[*registered]*attachment), perms: make(map[*permission]struct{}),
+	}
 	e.sessions.byAddr[addr] = s
 	return s
 }
@@ -67,27 +85,36 @@ func (s *session) ref() bool {
 	return true
 }
 
+// lives is false once the session has ended.
+func (s *session) lives() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.ended
+}
+
 // release drops one reference and ends the session with the last.
 func (e *Engine) release(s *session) {
 	s.mu.Lock()
 	s.refs--
-	last := s.refs == 0
-	s.mu.Unlock()
-	if last {
-		e.endSession(s)
-	}
-}
-
-// endSession voids the session's permissions and detaches its filters. It may
-// be called again.
-func (e *Engine) endSession(s *session) {
-	s.mu.Lock()
-	if s.ended {
+	if s.refs > 0 || s.ended {
 		s.mu.Unlock()
 		return
 	}
+	e.endSession(s)
+}
+
+// endSession ends a session whose lock the caller holds, and unlocks it: its
+// permissions are voided and its filters detached, in the background.
+func (e *Engine) endSession(s *session) {
+	var attached []hearer
+	if !s.ended {
+		for r, a := range s.attached {
+			if a.done() { // else attachNow sees that nobody needs it any more
+				attached = append(attached, hearer{r, a})
+			}
+		}
+	}
 	s.ended = true
-	attached := s.attached
 	s.attached = nil
 	s.mu.Unlock()
 
@@ -96,62 +123,91 @@ func (e *Engine) endSession(s *session) {
 		delete(e.sessions.byAddr, s.addr)
 	}
 	e.sessions.mu.Unlock()
-	for _, p := range e.perms.of(s) {
-		_ = e.void(p) // already used or expired is as good
+	perms := e.perms.of(s)
+	if len(perms)+len(attached) == 0 {
+		return
 	}
-	for r, a := range attached {
-		<-a.ready
-		if a.filter != nil {
-			e.detach(r, a.filter)
+	e.tasks.run(func() {
+		e.voidAll(perms)
+		for _, h := range attached {
+			e.detach(h.r, h.a.filter)
 		}
-	}
+	})
 }
 
-// attach gives the filter's part in the session, made at the first event. A
-// filter that fails to attach is asked again at the next event.
+// voidAll voids the permissions of a session that has ended: all of them at
+// once, so that the kernel gets them together.
+func (e *Engine) voidAll(perms []*permission) {
+	var changes sync.WaitGroup
+	for _, p := range perms {
+		if !e.end(p) {
+			continue // used up; it ends with its flow
+		}
+		changes.Go(func() { _ = e.enforce(p) }) // it logs
+		if p.object != nil && p.object.finish() {
+			e.terminating(p.object)
+		}
+	}
+	changes.Wait()
+}
+
+// attach gives the filter's part in the session, made at the first event, and
+// waits for it no longer than ctx. A filter that fails to attach is asked
+// again at the next event.
 func (e *Engine) attach(ctx context.Context, s *session, r *registered) (*attachment, error) {
 	s.mu.Lock()
 	if s.ended {
 		s.mu.Unlock()
 		return nil, filterapi.ErrTerminating
 	}
-	if a := s.attached[r]; a != nil {
-		s.mu.Unlock()
-		select {
-		case <-a.ready:
-			return a, nil
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
+	a := s.attached[r]
+	if a == nil {
+		a = &attachment{ready: make(chan struct{})}
+		s.attached[r] = a
+		go e.attachNow(s, r, a)
 	}
-	a := &attachment{ready: make(chan struct{})}
-	s.attached[r] = a
 	s.mu.Unlock()
-	got, err := call(ctx, func() (attachment, error) {
-		sf, events, err := r.filter.AttachToSession(s)
-		return attachment{filter: sf, events: events}, err
-	})
-	if err == nil {
-		a.filter, a.events = got.filter, got.events
-	} else {
-		s.mu.Lock()
+	select {
+	case <-a.ready:
+		return a, a.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("attach to session: filter missed its deadline: %w", ctx.Err())
+	}
+}
+
+// attachNow asks the filter. The answer counts for the events to come, also
+// when the event that it was asked for waits no more.
+func (e *Engine) attachNow(s *session, r *registered, a *attachment) {
+	func() {
+		defer recovered(&a.err)
+		a.filter, a.events, a.err = r.filter.AttachToSession(s)
+	}()
+	s.mu.Lock()
+	ended := s.ended
+	if a.err != nil && !ended {
 		delete(s.attached, r)
-		s.mu.Unlock()
 	}
 	close(a.ready)
-	return a, err
+	s.mu.Unlock()
+	if ended && a.err == nil {
+		e.detach(r, a.filter)
+	}
 }
 
 // wants says what a filter is registered for in a session: its own
-// registration until it was attached, the session's from then on.
+// registration until it has attached, the session's from then on.
 func (s *session) wants(r *registered) filterapi.Events {
 	s.mu.Lock()
 	a := s.attached[r]
 	s.mu.Unlock()
-	if a == nil {
+	if a == nil || !a.done() || a.err != nil {
 		return r.events
 	}
-	<-a.ready
+	return a.wants()
+}
+
+// wants is the registration of a filter that has attached.
+func (a *attachment) wants() filterapi.Events {
 	if a.filter == nil {
 		return filterapi.Events{}
 	}

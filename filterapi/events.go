@@ -19,8 +19,10 @@ const (
 	Listen
 	// Accepted: an inbound TCP connection arrived for a client.
 	Accepted
-	// Terminating: a connection is over; drop every reference to it. It never
-	// attaches a filter to a session, so register it in AttachToSession.
+	// Terminating: a connection, or a bind, is over; drop every reference to
+	// it. Each filter that got an event of it gets this one once, also when
+	// its handler failed. It never attaches a filter to a session, so register
+	// it in AttachToSession.
 	Terminating
 )
 

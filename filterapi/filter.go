@@ -19,7 +19,8 @@ type Filter interface {
 	// AttachToSession is called at the first event of a session that the
 	// filter registered for. The returned Events replace, for this session,
 	// those of Init. A nil SessionFilter means "not interested in this
-	// session" and is final for it.
+	// session" and is final for it. The events that wait for a slow answer go
+	// by the FailMode; the answer counts for those that come later.
 	AttachToSession(Session) (SessionFilter, Events, error)
 	// Shutdown is called once when the gateway stops. It returns when the
 	// filter's own goroutines have ended. Detach of a session filter may come
@@ -58,7 +59,9 @@ type SessionFilter interface {
 	// of one session at the same time. The flow waits; ctx carries the
 	// deadline. nil and ErrNotSupported let the flow go on with whatever the
 	// handler did to the connection; any other error, a panic and a missed
-	// deadline are handled by the filter's FailMode. (FirewallEventHandler)
+	// deadline are handled by the filter's FailMode. The filters of one event
+	// share the deadline. A handler that missed it may still run when the
+	// connection's TerminatingEvent comes. (FirewallEventHandler)
 	HandleEvent(ctx context.Context, ev Event) error
 	// Detach is called once, after the last event of the session: forget the
 	// session and everything that came from it.

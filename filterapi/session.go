@@ -55,7 +55,7 @@ type Session interface {
 	// expires, is closed, or the session ends. With an empty IPFilter it is
 	// only reserved; SetIPFilter arms it.
 	// Errors: ErrInvalidArgument, ErrPolicyDenied, ErrNoPorts, ErrQuota,
-	// ErrTerminating.
+	// ErrTerminating, ErrAlreadyExists (a pinhole that another session has).
 	BindForClient(Bind) (Connection, error)
 }
 

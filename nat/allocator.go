@@ -91,3 +91,10 @@ func (a *Allocator) wake() {
 		}
 	}
 }
+
+// Leased is how many ports are out at lease.
+func (a *Allocator) Leased() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.leased)
+}
