@@ -46,6 +46,8 @@ func main() {
 	flag.BoolVar(&o.selfCheck, "self-check", false, "measure the baselines against themselves: every ratio must be near 1")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM, unix.SIGHUP)
+	// Who reads the output may leave early; that must not keep us from cleaning up.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
 	met, err := run(ctx, o)
 	stop()
 	switch {
