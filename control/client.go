@@ -9,8 +9,8 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/url"
 	"strings"
+	"time"
 )
 
 // Client asks a running gateway.
@@ -52,7 +52,7 @@ func (c *Client) Counters(ctx context.Context) (m map[string]uint64, err error) 
 
 // SetNoKernelMode moves new flows of a rule; see Gateway.
 func (c *Client) SetNoKernelMode(ctx context.Context, rule string, on bool) error {
-	return c.do(ctx, "PUT", "/rules/"+url.PathEscape(rule)+"/no-kernel-mode", on, nil)
+	return c.do(ctx, "PUT", "/no-kernel-mode", switching{rule, &on}, nil)
 }
 
 // Reload makes the gateway read its configuration again.
@@ -60,7 +60,16 @@ func (c *Client) Reload(ctx context.Context) error {
 	return c.do(ctx, "POST", "/reload", nil, nil)
 }
 
+// answerWithin bounds a call whose context has no deadline: a gateway that is
+// stopped (SIGSTOP) accepts connections and never answers.
+const answerWithin = 30 * time.Second
+
 func (c *Client) do(ctx context.Context, method, path string, in, out any) error {
+	if _, bounded := ctx.Deadline(); !bounded {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, answerWithin)
+		defer cancel()
+	}
 	var body bytes.Buffer
 	if in != nil {
 		if err := json.NewEncoder(&body).Encode(in); err != nil {
@@ -74,7 +83,10 @@ func (c *Client) do(ctx context.Context, method, path string, in, out any) error
 	resp, err := c.http.Do(req)
 	if err != nil {
 		var op *net.OpError
-		if errors.As(err, &op) {
+		switch {
+		case errors.Is(err, context.DeadlineExceeded):
+			return fmt.Errorf("the gateway at %q did not answer in time: %w", c.path, context.DeadlineExceeded)
+		case errors.As(err, &op):
 			return fmt.Errorf("no gateway answers at %q: %w", c.path, op.Err)
 		}
 		return fmt.Errorf("ask the gateway at %q: %w", c.path, err)
