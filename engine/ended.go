@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -186,4 +187,10 @@ func (e *Engine) Resync(alive map[flow.Tuple]bool, since time.Time) {
 			e.over(c, flow.End{Tuple: c.tuple, Path: flow.Kernel, Start: c.start, Result: flow.Closed, Reason: "conntrack does not know it any more"})
 		}
 	}
+}
+
+// HoldsKernelFlows says whether the engine knows a kernel flow that began
+// before a time.
+func (e *Engine) HoldsKernelFlows(before time.Time) bool {
+	return slices.ContainsFunc(e.flows.all(), func(c *connection) bool { return c.start.Before(before) && c.inKernel() })
 }

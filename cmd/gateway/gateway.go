@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -27,8 +28,8 @@ type gateway struct {
 	filters           []filterapi.Filter
 	log               *zap.Logger
 	facts             kernelFacts
-	bits              flow.Marks      // of the configuration that it was started with
-	lost              <-chan struct{} // conntrack's reports were lost
+	bits              flow.Marks // of the configuration that it was started with
+	tasks             []task     // that wait to be run
 
 	routes  *kernelpath.Routes
 	cutter  *kernelpath.Cutter
@@ -76,20 +77,25 @@ func (g *gateway) apply(cfg *config.Config, p *policy.Policy) error {
 	return nil
 }
 
-// Reload implements control.Gateway.
+// Reload implements control.Gateway. Once the new policy is in force it judges
+// the living flows to the end, whoever asked for it.
 func (g *gateway) Reload(ctx context.Context) error {
 	g.change.Lock()
 	defer g.change.Unlock()
-	err := g.reload(ctx)
-	if err != nil {
+	if err := g.reload(); err != nil {
 		g.log.Error("reload refused; the running policy stays", zap.Error(err))
 		return err
 	}
 	g.log.Info("reloaded", zap.Int("rules", len(g.policy.Rules())))
+	if err := g.recheck(context.WithoutCancel(ctx)); err != nil {
+		err = fmt.Errorf("the new policy is in force, but judging the living flows by it failed: %w", err)
+		g.log.Error("reload", zap.Error(err))
+		return err
+	}
 	return nil
 }
 
-func (g *gateway) reload(ctx context.Context) error {
+func (g *gateway) reload() error {
 	next, err := config.Load(g.file, parsers(g.filters))
 	if err != nil {
 		return err
@@ -97,24 +103,34 @@ func (g *gateway) reload(ctx context.Context) error {
 	if what := needsRestart(g.cfg, next); what != "" {
 		return fmt.Errorf("%s: %s cannot change while the gateway runs; restart it", g.file, what)
 	}
-	if err := g.apply(next, next.Policy); err != nil {
-		return err
-	}
-	return g.recheck(ctx)
+	return g.apply(next, next.Policy)
 }
 
-// recheck ends the living flows that the policy in force no longer allows.
+// recheck ends the living flows that the policy in force no longer allows,
+// those that only the kernel knows as far as it can name them.
 func (g *gateway) recheck(ctx context.Context) error {
-	living, err := kernelpath.Dump(ctx, g.bits, flow.Kernel)
-	if err != nil {
-		return fmt.Errorf("look at the living flows: %w", err)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	var living []kernelpath.KernelFlow
+	var err error
+	for range dumpTries {
+		if living, err = kernelpath.Dump(ctx, g.bits, flow.Kernel); err == nil {
+			break
+		}
 	}
 	tuples := make([]flow.Tuple, 0, len(living))
 	for _, f := range living {
 		tuples = append(tuples, f.Tuple)
 	}
-	return g.engine.Recheck(ctx, tuples)
+	if err != nil {
+		err = fmt.Errorf("look at the kernel's flows: %w", err)
+	}
+	return errors.Join(err, g.engine.Recheck(ctx, tuples))
 }
+
+// dumpTries is how often the kernel is asked for its flows, whose list may
+// change while it is read.
+const dumpTries = 3
 
 // needsRestart names a section that differs and that only a new process can
 // take up.
@@ -167,7 +183,7 @@ func (g *gateway) Rules() []control.Rule {
 		for _, f := range r.Filters {
 			c.Filters = append(c.Filters, f.Name)
 		}
-		if r.NoKernelMode || len(r.Filters) > 0 {
+		if r.Action == policy.Allow && (r.NoKernelMode || len(r.Filters) > 0) {
 			c.Decided = "user space"
 		}
 		out = append(out, c)

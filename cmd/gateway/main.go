@@ -15,6 +15,7 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends it the hard way
 	root := &cobra.Command{
 		Use:           "gateway",
 		Short:         "a transparent gateway: kernel NAT fast path, application filters",

@@ -49,11 +49,22 @@ func runCommand() *cobra.Command {
 	return c
 }
 
-// run climbs the ladder: probe, look at the host, open what waits for flows,
-// load the table, make the host forward, and then the tasks. Each rung that needs it leaves
-// its way down in undo. What the kernel carries goes on when the gateway has
-// stopped; `gateway down` ends that.
+// run climbs the ladder: claim the network namespace, probe, look at the
+// host, open what waits for flows, load the table, make the host forward, and
+// then the tasks. Each rung leaves its way down: in undo, or as a task whose
+// Run closes it. What the kernel carries goes on when the gateway has stopped;
+// `gateway down` ends that.
 func (g *gateway) run(ctx context.Context, force bool) error {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, unix.SIGHUP) // before it is ready a hangup must not end it
+	defer signal.Stop(hangup)
+	var undo ladder
+	defer undo.down()
+	release, err := claim()
+	if err != nil {
+		return err
+	}
+	undo.add(release)
 	features, err := kernelpath.Probe()
 	if err != nil {
 		return err
@@ -64,17 +75,22 @@ func (g *gateway) run(ctx context.Context, force bool) error {
 	if g.routes, err = kernelpath.NewRoutes(); err != nil {
 		return err
 	}
+	undo.add(func() { _ = g.routes.Close() })
 	if err := g.checkPorts(); err != nil {
 		return err
 	}
 	if err := g.keepAdmin(os.Getenv("SSH_CONNECTION"), force); err != nil {
 		return err
 	}
-	var undo ladder
-	defer undo.down()
+	defer g.closeTasks()
 	if err := g.open(&undo); err != nil {
 		return err
 	}
+	server, err := control.Listen(g.cfg.Control.Socket, g, g.log)
+	if err != nil {
+		return err
+	}
+	g.task("control", server.Run)
 	if err := g.FlushPermissions(); err != nil {
 		return fmt.Errorf("void the permissions of an earlier run: %w", err)
 	}
@@ -87,14 +103,11 @@ func (g *gateway) run(ctx context.Context, force bool) error {
 	if err := g.prepareHost(); err != nil {
 		return err
 	}
-	server, err := control.Listen(g.cfg.Control.Socket, g, g.log)
-	if err != nil {
-		return err
-	}
 	g.warnForeign()
+	g.task("hangup", func(ctx context.Context) error { return g.reloadOn(ctx, hangup) })
 	g.log.Info("ready", zap.String("config", g.file), zap.Int("rules", len(g.policy.Rules())),
 		zap.Bool("queue_native", g.facts.native), zap.Bool("flowtable", g.facts.flowtable && g.cfg.Flowtable))
-	return g.tasks(ctx, server)
+	return g.runTasks(ctx)
 }
 
 // ladder is what has been opened, and how to close it, last first.
@@ -115,6 +128,7 @@ func (g *gateway) open(undo *ladder) (err error) {
 	if g.tcp, err = userpath.NewTCP(userpath.TCPConfig{Marks: m.Bits, Log: g.log.Named("tcp")}); err != nil {
 		return err
 	}
+	g.task("tcp", g.tcp.Run)
 	g.facts.tproxyPort = g.tcp.Port()
 	if g.udp, err = userpath.NewUDP(userpath.UDPConfig{
 		Marks: m.Bits, Log: g.log.Named("udp"), Port: g.tcp.Port(),
@@ -122,6 +136,7 @@ func (g *gateway) open(undo *ladder) (err error) {
 	}); err != nil {
 		return err
 	}
+	g.task("udp", g.udp.Run)
 	if g.Table, err = kernelpath.Open(0, g.log.Named("table")); err != nil {
 		return err
 	}
@@ -130,6 +145,7 @@ func (g *gateway) open(undo *ladder) (err error) {
 		return err
 	}
 	undo.add(func() { _ = g.cutter.Close() })
+	g.task("cut", g.cutter.Run)
 	ports := nat.NewAllocator(g.cfg.Ports.Leases, portBusy, time.Now)
 	if g.engine, err = engine.New(engine.Config{
 		Policy: g.policy, Filters: g.filters, Kernel: g, Routes: g.routes, Ports: ports, Log: g.log,
@@ -138,7 +154,9 @@ func (g *gateway) open(undo *ladder) (err error) {
 	}
 	undo.add(g.engine.Stop)
 	lost := make(chan struct{}, 1)
-	g.lost = lost
+	g.task("routes", g.routes.Run)
+	g.task("resync", func(ctx context.Context) error { return g.resyncing(ctx, lost) })
+	g.task("links", g.followLinks)
 	if g.watch, err = kernelpath.NewWatch(m.Bits, g.kernelEnded, func() {
 		select {
 		case lost <- struct{}{}:
@@ -147,13 +165,18 @@ func (g *gateway) open(undo *ladder) (err error) {
 	}); err != nil {
 		return err
 	}
+	g.task("conntrack", g.watch.Run)
 	if g.reports, err = kernelpath.NewReports(m.LogGroup, g.ifaceName, kernelpath.Heard{
 		Used: g.engine.KernelUsed, Denied: g.engine.KernelDenied, Unreachable: g.tcp.Unreachable,
 	}); err != nil {
 		return err
 	}
-	g.queues, err = userpath.OpenQueues(g.queueConfig())
-	return err
+	g.task("reports", g.reports.Run)
+	if g.queues, err = userpath.OpenQueues(g.queueConfig()); err != nil {
+		return err
+	}
+	g.task("queues", g.queues.Run)
+	return nil
 }
 
 func (g *gateway) queueConfig() userpath.QueueConfig {
@@ -175,41 +198,50 @@ func (g *gateway) ifaceName(index int) string {
 	return name
 }
 
-// tasks run until ctx ends or one of them fails.
-func (g *gateway) tasks(ctx context.Context, server *control.Server) error {
+// task is a long piece of work. Its run returns nil when ctx ends, and closes
+// what was opened for it.
+type task struct {
+	name string
+	run  func(ctx context.Context) error
+}
+
+func (g *gateway) task(name string, run func(context.Context) error) {
+	g.tasks = append(g.tasks, task{name, run})
+}
+
+// runTasks runs what was opened until ctx ends or one of them fails.
+func (g *gateway) runTasks(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
-	task := func(name string, run func(context.Context) error) {
+	for _, t := range g.tasks {
 		group.Go(func() error {
-			if err := run(ctx); err != nil && !errors.Is(err, context.Canceled) {
-				g.log.Error("task failed", zap.String("task", name), zap.Error(err))
-				return fmt.Errorf("%s: %w", name, err)
+			if err := t.run(ctx); err != nil && !errors.Is(err, context.Canceled) {
+				g.log.Error("task failed", zap.String("task", t.name), zap.Error(err))
+				return fmt.Errorf("%s: %w", t.name, err)
 			}
 			return nil
 		})
 	}
-	task("routes", g.routes.Run)
-	task("conntrack", g.watch.Run)
-	task("cut", g.cutter.Run)
-	task("reports", g.reports.Run)
-	task("tcp", g.tcp.Run)
-	task("udp", g.udp.Run)
-	task("queues", g.queues.Run)
-	task("control", server.Run)
-	task("hangup", g.reloadOnHangup)
-	task("resync", g.resyncOnLoss)
-	task("links", g.followLinks)
+	g.tasks = nil
 	err := group.Wait()
 	g.log.Info("stopped; what the kernel carries goes on until `gateway down`")
 	return err
 }
 
-func (g *gateway) reloadOnHangup(ctx context.Context) error {
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, unix.SIGHUP)
-	defer signal.Stop(hup)
+// closeTasks closes what was opened for tasks that did not begin: a run whose
+// time is over does nothing else.
+func (g *gateway) closeTasks() {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	for _, t := range g.tasks {
+		_ = t.run(ctx) // the start has failed for a better reason
+	}
+	g.tasks = nil
+}
+
+func (g *gateway) reloadOn(ctx context.Context, hangup <-chan os.Signal) error {
 	for {
 		select {
-		case <-hup:
+		case <-hangup:
 			_ = g.Reload(ctx) // it logs
 		case <-ctx.Done():
 			return nil
@@ -217,11 +249,21 @@ func (g *gateway) reloadOnHangup(ctx context.Context) error {
 	}
 }
 
-func (g *gateway) resyncOnLoss(ctx context.Context) error {
+// resyncEvery is how long the engine may hold a kernel flow whose end was
+// never told, though no report was lost: its first packet did not get through.
+const resyncEvery = 5 * time.Minute
+
+func (g *gateway) resyncing(ctx context.Context, lost <-chan struct{}) error {
+	slow := time.NewTicker(resyncEvery)
+	defer slow.Stop()
 	for {
 		select {
-		case <-g.lost:
+		case <-lost:
 			g.resync(ctx)
+		case now := <-slow.C:
+			if g.engine.HoldsKernelFlows(now.Add(-resyncEvery)) {
+				g.resync(ctx)
+			}
 		case <-ctx.Done():
 			return nil
 		}
