@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"os"
 
 	"github.com/spf13/cobra"
 
@@ -17,7 +18,7 @@ func checkCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "check FILE",
 		Short: "check a configuration and print the ruleset that it makes; needs no privileges",
-		Args:  cobra.ExactArgs(1),
+		Args:  oneArgument("FILE"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			cfg, err := config.Load(args[0], parsers(builtin()))
 			if err != nil {
@@ -29,13 +30,16 @@ func checkCommand() *cobra.Command {
 			if err != nil {
 				return fmt.Errorf("%s: %w", args[0], err)
 			}
+			for _, text := range missingInterfaces(cfg.Policy) {
+				fmt.Fprintln(os.Stderr, "note: "+text)
+			}
 			if !quiet {
 				fmt.Print(r.String())
 			}
 			return nil
 		},
 	}
-	c.Flags().BoolVarP(&quiet, "quiet", "q", false, "print nothing if the file is good")
+	c.Flags().BoolVarP(&quiet, "quiet", "q", false, "do not print the ruleset")
 	c.Flags().BoolVar(&flowtable, "flowtable", false, "print it as on a kernel that has flowtables")
 	return c
 }

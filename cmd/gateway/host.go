@@ -1,7 +1,9 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"net"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -10,6 +12,7 @@ import (
 	"github.com/sluicegw/sluice/config"
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/kernelpath"
+	"github.com/sluicegw/sluice/policy"
 )
 
 // checkPorts compares the ranges of the configuration with the kernel's own.
@@ -46,8 +49,12 @@ func steering(bits flow.Marks, m config.Marks) kernelpath.Steering {
 	return kernelpath.NewSteering(bits, int(m.Table), int(m.Priority))
 }
 
-// warnForeign names what can overrule the gateway.
-func (g *gateway) warnForeign() {
+// warnHost names what can overrule the gateway, and what of its configuration
+// the host does not have.
+func (g *gateway) warnHost() {
+	for _, text := range missingInterfaces(g.policy) {
+		g.log.Warn(text)
+	}
 	chains, err := kernelpath.ForeignChains()
 	if err != nil {
 		g.log.Warn("looking for other tables on the same hooks failed", zap.Error(err))
@@ -57,17 +64,47 @@ func (g *gateway) warnForeign() {
 	}
 }
 
+// missingInterfaces says which interfaces of the networks are not there. They
+// may come later: the rules go by name.
+func missingInterfaces(p *policy.Policy) []string {
+	var out []string
+	for _, n := range p.Networks() {
+		for _, name := range n.Interfaces {
+			if _, err := net.InterfaceByName(name); err != nil {
+				out = append(out, fmt.Sprintf("network %q: there is no interface %q on this machine now", n.Name, name))
+			}
+		}
+	}
+	return out
+}
+
 func downCommand() *cobra.Command {
 	var file string
+	var force bool
 	c := &cobra.Command{
 		Use:   "down",
 		Short: "undo everything that a gateway changed on this machine; stop it first",
-		Args:  cobra.NoArgs,
+		Long: `Undo everything that a gateway changed on this machine: sysctls go back to
+their former values, then its policy routing and its table go, and with them
+every connection that the kernel still carries. It needs the configuration
+only for marks that were moved.`,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			m := config.Default().Marks
-			if cfg, err := config.Load(file, parsers(builtin())); err == nil {
-				m = cfg.Marks
+			cfg, err := config.Load(file, parsers(builtin()))
+			switch {
+			case err != nil && cmd.Flags().Changed("config"):
+				return err
+			case err != nil:
+				cfg = config.Default()
 			}
+			if release, err := claim(); err == nil {
+				defer release()
+			} else if !errors.Is(err, errRuns) {
+				return err
+			} else if !force {
+				return fmt.Errorf("%w, or undo under its feet with --force", err)
+			}
+			m := cfg.Marks
 			did, err := kernelpath.Down(cmd.Context(), "", steering(m.Bits, m))
 			for _, line := range did {
 				fmt.Println(line)
@@ -79,6 +116,7 @@ func downCommand() *cobra.Command {
 		},
 	}
 	c.Flags().StringVarP(&file, "config", "c", defaultConfig, "configuration file, for marks that were moved")
+	c.Flags().BoolVar(&force, "force", false, "undo even while the gateway runs")
 	return c
 }
 
@@ -107,7 +145,7 @@ func probeCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "probe",
 		Short: "try every kernel feature and say what is there; fails if something needed is missing",
-		Args:  cobra.NoArgs,
+		Args:  noArguments,
 		RunE: func(*cobra.Command, []string) error {
 			f, err := kernelpath.Probe()
 			if err != nil {

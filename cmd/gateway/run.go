@@ -28,7 +28,7 @@ func runCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "run",
 		Short: "run the gateway until it is interrupted; SIGHUP reloads",
-		Args:  cobra.NoArgs,
+		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			filters := builtin()
 			cfg, err := config.Load(file, parsers(filters))
@@ -79,7 +79,7 @@ func (g *gateway) run(ctx context.Context, force bool) error {
 	if err := g.checkPorts(); err != nil {
 		return err
 	}
-	if err := g.keepAdmin(os.Getenv("SSH_CONNECTION"), force); err != nil {
+	if err := g.keepAdmin(sshConnection("/proc", os.Getpid()), force); err != nil {
 		return err
 	}
 	defer g.closeTasks()
@@ -103,7 +103,7 @@ func (g *gateway) run(ctx context.Context, force bool) error {
 	if err := g.prepareHost(); err != nil {
 		return err
 	}
-	g.warnForeign()
+	g.warnHost()
 	g.task("hangup", func(ctx context.Context) error { return g.reloadOn(ctx, hangup) })
 	g.log.Info("ready", zap.String("config", g.file), zap.Int("rules", len(g.policy.Rules())),
 		zap.Bool("queue_native", g.facts.native), zap.Bool("flowtable", g.facts.flowtable && g.cfg.Flowtable))

@@ -3,17 +3,23 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"net/netip"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicegw/sluice/control"
+	"github.com/sluicegw/sluice/flow"
 )
 
 // shown are the flags that every command of a running gateway has.
@@ -25,6 +31,14 @@ type shown struct {
 func (s *shown) add(c *cobra.Command) {
 	c.Flags().StringVar(&s.socket, "socket", defaultSocket, "control socket of the running gateway")
 	c.Flags().BoolVar(&s.json, "json", false, "print JSON")
+}
+
+// asked explains an error of the control socket.
+func asked(err error) error {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED) {
+		return fmt.Errorf("%w: does it run? --socket names another socket", err)
+	}
+	return err
 }
 
 // print writes v as JSON, or as the table that rows makes.
@@ -45,11 +59,14 @@ func rulesCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "rules",
 		Short: "list the access rules of the running gateway",
-		Args:  cobra.NoArgs,
+		Long: `List the access rules of the running gateway, in their order. NO-KERNEL-MODE is
+as "rules set" has left it. DECIDED IN says where the first packet of a flow
+is judged; what user space has judged may still be carried by the kernel.`,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			rules, err := control.Dial(s.socket).Rules(cmd.Context())
 			if err != nil {
-				return err
+				return asked(err)
 			}
 			return s.print(rules, "NAME\tACTION\tFROM\tTO\tPROTOCOLS\tFILTERS\tNO-KERNEL-MODE\tDECIDED IN", func(w io.Writer) {
 				for _, r := range rules {
@@ -69,12 +86,12 @@ func rulesSetCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "set NAME --no-kernel-mode=on|off",
 		Short: "move new flows of a rule between the kernel and user space, until the next reload",
-		Args:  cobra.ExactArgs(1),
+		Args:  oneArgument("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if mode != "on" && mode != "off" {
-				return fmt.Errorf("--no-kernel-mode=%q: want on or off", mode)
+				return &usageError{cmd, fmt.Errorf("--no-kernel-mode=%s: want on or off", mode)}
 			}
-			return control.Dial(socket).SetNoKernelMode(cmd.Context(), args[0], mode == "on")
+			return asked(control.Dial(socket).SetNoKernelMode(cmd.Context(), args[0], mode == "on"))
 		},
 	}
 	c.Flags().StringVar(&socket, "socket", defaultSocket, "control socket of the running gateway")
@@ -87,16 +104,23 @@ func flowsCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "flows",
 		Short: "list the living flows, in the kernel and in user space",
-		Args:  cobra.NoArgs,
+		Long: `List the living flows. PATH says who carries them: the kernel alone, or user
+space, which is this gateway's process. A flow in the kernel is listed as long
+as conntrack knows it: two minutes after the end of a TCP connection, thirty
+seconds after an answer to a ping. TRANSLATED is what NAT made of the source,
+or of the destination where the flow came in through a permission. OUT and IN
+are bytes with headers, from and to the initiator; those of a flow in user
+space are in the log at its end.`,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			flows, err := control.Dial(s.socket).Flows(cmd.Context())
 			if err != nil {
-				return err
+				return asked(err)
 			}
 			slices.SortFunc(flows, func(a, b control.Flow) int { return a.Start.Compare(b.Start) })
 			return s.print(flows, "PATH\tPROTO\tSOURCE\tDESTINATION\tTRANSLATED\tRULE\tAGE\tOUT\tIN", func(w io.Writer) {
 				for _, f := range flows {
-					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", pathOf(f), f.Proto, f.Src, f.Dst,
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", pathOf(f), f.Proto, source(f), destination(f),
 						dash(f.NATSrc+f.NATDst), dash(f.Rule), age(f.Start), countsOf(f))
 				}
 			})
@@ -111,13 +135,17 @@ func permissionsCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "permissions",
 		Short: "list what the filters have opened: waiting permissions and those in use",
-		Args:  cobra.NoArgs,
+		Long: `List what the filters have opened. An outbound permission lets CLIENT connect
+to TARGET; an inbound one lets SOURCES connect to the gateway's EXTERNAL
+address and port, and leads them to CLIENT. One that is used stays in the list
+until its flows have ended, and opens nothing any more if it was for one use.`,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			perms, err := control.Dial(s.socket).Permissions(cmd.Context())
 			if err != nil {
-				return err
+				return asked(err)
 			}
-			return s.print(perms, "ID\tSTATE\tDIRECTION\tPROTO\tCLIENT\tTARGET OR EXTERNAL\tSOURCES\tUSE\tPATH\tRULE\tEXPIRES", func(w io.Writer) {
+			return s.print(perms, "ID\tSTATE\tDIRECTION\tPROTO\tCLIENT\tTARGET/EXTERNAL\tSOURCES\tUSE\tPATH\tRULE\tEXPIRES", func(w io.Writer) {
 				for _, p := range perms {
 					use, expires := "once", "-"
 					if p.Multiple {
@@ -140,21 +168,21 @@ func countersCommand() *cobra.Command {
 	var s shown
 	c := &cobra.Command{
 		Use:   "counters",
-		Short: "show the gateway's own counters",
-		Args:  cobra.NoArgs,
+		Short: "show the gateway's own counters, since it was started",
+		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			m, err := control.Dial(s.socket).Counters(cmd.Context())
 			if err != nil {
-				return err
+				return asked(err)
 			}
 			names := make([]string, 0, len(m))
 			for n := range m {
 				names = append(names, n)
 			}
 			slices.Sort(names)
-			return s.print(m, "COUNTER\tVALUE", func(w io.Writer) {
+			return s.print(m, "COUNTER\tVALUE\tMEANING", func(w io.Writer) {
 				for _, n := range names {
-					fmt.Fprintf(w, "%s\t%d\n", n, m[n])
+					fmt.Fprintf(w, "%s\t%d\t%s\n", n, m[n], meaning(n))
 				}
 			})
 		},
@@ -168,11 +196,14 @@ func reloadCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "reload",
 		Short: "make the running gateway read its configuration again",
-		Args:  cobra.NoArgs,
+		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)
 			defer cancel()
-			return control.Dial(socket).Reload(ctx)
+			if err := control.Dial(socket).Reload(ctx); err != nil {
+				return fmt.Errorf("reload: %w", asked(err))
+			}
+			return nil
 		},
 	}
 	c.Flags().StringVar(&socket, "socket", defaultSocket, "control socket of the running gateway")
@@ -193,6 +224,39 @@ func onOff(b bool) string {
 		return "on"
 	}
 	return "off"
+}
+
+// source is the initiator; an ICMP query has an identifier instead of a port,
+// and the other protocols have neither.
+func source(f control.Flow) string {
+	addr, port := split(f.Src)
+	switch f.Proto {
+	case flow.TCP.String(), flow.UDP.String():
+		return f.Src
+	case flow.ICMP.String(), flow.ICMPv6.String():
+		return addr + " id " + port
+	}
+	return addr
+}
+
+// destination is where it goes; an ICMP query has its type.
+func destination(f control.Flow) string {
+	addr, port := split(f.Dst)
+	switch f.Proto {
+	case flow.TCP.String(), flow.UDP.String():
+		return f.Dst
+	case flow.ICMP.String(), flow.ICMPv6.String():
+		return addr + " type " + port
+	}
+	return addr
+}
+
+func split(addrPort string) (addr, port string) {
+	a, err := netip.ParseAddrPort(addrPort)
+	if err != nil {
+		return addrPort, "?"
+	}
+	return a.Addr().String(), strconv.Itoa(int(a.Port()))
 }
 
 func pathOf(f control.Flow) string {

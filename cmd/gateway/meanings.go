@@ -1,0 +1,67 @@
+package main
+
+import "strings"
+
+// meanings says what the counters count, for the table of `gateway counters`.
+var meanings = map[string]string{
+	"conntrack.events":    "ends of kernel flows that conntrack reported",
+	"conntrack.losses":    "times that conntrack's reports were lost, and the flows looked through anew",
+	"conntrack.malformed": "reports of conntrack that could not be read",
+
+	"queue.packets":    "first packets that the kernel has shown",
+	"queue.decisions":  "questions that the engine has answered",
+	"queue.absorbed":   "repeated SYNs dropped while their flow was judged",
+	"queue.held":       "further packets held until their flow was judged",
+	"queue.dropped":    "packets dropped, for whatever reason",
+	"queue.requeued":   "packets moved to a queue for slow answers",
+	"queue.late":       "flows whose answer came too late",
+	"queue.enobufs":    "times that a queue's socket overflowed",
+	"queue.reopened":   "queues that were lost and taken again",
+	"queue.over_held":  "packets dropped: their flow held too many",
+	"queue.over_dials": "flows dropped: too many connects were pending",
+	"queue.overload":   "flows not judged: too many at once",
+	"queue.malformed":  "packets that could not be read, or TCP other than SYN",
+	"queue.lost":       "flows whose packet did not reach its queue for slow answers",
+	"queue.gone":       "answers for packets that had gone",
+	"queue.refused":    "answers that the kernel refused",
+	"queue.unsent":     "answers that could not be sent",
+	"queue.flows":      "flows under judgement now",
+	"queue.dials":      "connects pending now",
+
+	"tcp.flows":           "TCP flows in user space now",
+	"tcp.unknown":         "connections that nothing was waiting for, reset",
+	"tcp.expired":         "upstream connections whose initiator never came",
+	"tcp.accept_errors":   "connections that could not be accepted",
+	"tcp.filter_failures": "data filters that failed",
+
+	"udp.flows":          "UDP flows in user space now",
+	"udp.sockets":        "their sockets now",
+	"udp.unknown_peer":   "datagrams from peers that nobody asked for",
+	"udp.no_flow":        "datagrams without a flow",
+	"udp.oversize":       "datagrams too large for their data filters",
+	"udp.link_full":      "datagrams lost: a data filter did not keep up",
+	"udp.send_lost":      "datagrams that the kernel did not take",
+	"udp.refused":        "flows that could not be carried",
+	"udp.errors_sent":    "ICMP errors passed on",
+	"udp.errors_limited": "ICMP errors held back by the rate limit",
+
+	"reports.losses": "times that reports of denials and permissions were lost",
+}
+
+// meaning of a counter; the queues have their number in the name.
+func meaning(counter string) string {
+	if s, ok := meanings[counter]; ok {
+		return s
+	}
+	switch {
+	case !strings.HasPrefix(counter, "queue."):
+		return ""
+	case strings.HasSuffix(counter, ".depth"):
+		return "packets that wait now"
+	case strings.HasSuffix(counter, ".full"):
+		return "packets dropped: the queue was full"
+	case strings.HasSuffix(counter, ".missed"):
+		return "packets dropped: its socket was full"
+	}
+	return ""
+}
