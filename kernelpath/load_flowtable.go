@@ -86,7 +86,9 @@ func (t *Table) offloading(s *socket, devices []string, change func(devices []st
 	usable, reasons := s.offloadable(devices)
 	if len(usable) > 0 {
 		if err = change(usable); !refusedFlowtable(err) {
-			t.log.Warn("flows of some interfaces are not offloaded: " + strings.Join(reasons, "; "))
+			if len(reasons) > 0 {
+				t.log.Warn("flows of some interfaces are not offloaded: " + strings.Join(reasons, "; "))
+			}
 			return err
 		}
 	}

@@ -18,6 +18,8 @@ type sysctlNeed struct {
 	// drags are the files that the kernel changes along with it, by pattern, in
 	// the order in which they must be put back after it.
 	drags []string
+	// flowtable: only kernels with flowtables have it.
+	flowtable bool
 }
 
 // sysctlNeeds: the forwarding switches overwrite their namesakes of every
@@ -27,11 +29,13 @@ type sysctlNeed struct {
 // nobody listened end without an event.
 var sysctlNeeds = []sysctlNeed{
 	{"net/ipv4/ip_forward", "1", []string{
-		"net/ipv4/conf/default/forwarding", "net/ipv4/conf/*/forwarding", "net/ipv4/conf/all/accept_redirects"}},
-	{"net/ipv6/conf/all/forwarding", "1", []string{"net/ipv6/conf/default/forwarding", "net/ipv6/conf/*/forwarding"}},
-	{"net/netfilter/nf_conntrack_events", "1", nil},
-	{"net/netfilter/nf_conntrack_acct", "1", nil},
-	{"net/netfilter/nf_conntrack_timestamp", "1", nil},
+		"net/ipv4/conf/default/forwarding", "net/ipv4/conf/*/forwarding", "net/ipv4/conf/all/accept_redirects"}, false},
+	{"net/ipv6/conf/all/forwarding", "1", []string{"net/ipv6/conf/default/forwarding", "net/ipv6/conf/*/forwarding"}, false},
+	{path: "net/netfilter/nf_conntrack_events", value: "1"},
+	{path: "net/netfilter/nf_conntrack_acct", value: "1"},
+	{path: "net/netfilter/nf_conntrack_timestamp", value: "1"},
+	{path: "net/netfilter/nf_flowtable_tcp_timeout", value: "5", flowtable: true},
+	{path: "net/netfilter/nf_flowtable_udp_timeout", value: "10", flowtable: true},
 }
 
 const sysctlRoot = "/proc/sys"
@@ -99,7 +103,9 @@ func planSysctls(s *state) (plan sysctlPlan, err error) {
 	for _, n := range sysctlNeeds {
 		now, err := readSysctl(n.path)
 		if errors.Is(err, fs.ErrNotExist) {
-			plan.missing = append(plan.missing, n.path)
+			if !n.flowtable {
+				plan.missing = append(plan.missing, n.path)
+			}
 			continue
 		}
 		if err != nil {
@@ -192,6 +198,7 @@ func Prepare(dir string, steer Steering) (p Prepared, err error) {
 		}
 	}
 	s.Steering = steer
+	_ = tryCtNetlink() // where conntrack is a module, its sysctls come with it
 	plan, err := planSysctls(&s)
 	if err != nil {
 		return p, err
