@@ -164,27 +164,31 @@ func newQueueLab(t testing.TB, bypass bool) *queueLab {
 	return l
 }
 
-// addQueueRule appends xt NFQUEUE to the chain ask: this form is in every
-// kernel, nft's own queue expression is not.
+// addQueueRule appends a queue to the chain ask: nft's own expression where
+// the kernel has it, else xt NFQUEUE.
 func addQueueRule(number uint16, bypass bool) error {
-	c, err := nftables.New()
-	if err != nil {
-		return err
-	}
-	info := binary.NativeEndian.AppendUint16(nil, number)
-	info = binary.NativeEndian.AppendUint16(info, 1)
 	flags := uint16(0)
 	if bypass {
 		flags = 1
 	}
-	info = binary.NativeEndian.AppendUint16(info, flags)
-	info = binary.NativeEndian.AppendUint16(info, 0)
-	unknown := xt.Unknown(info)
+	info := xt.Unknown{}
+	for _, v := range []uint16{number, 1, flags, 0} {
+		info = binary.NativeEndian.AppendUint16(info, v)
+	}
+	err := addAskRule(&expr.Queue{Num: number, Total: 1, Flag: expr.QueueFlag(flags)})
+	if errors.Is(err, unix.ENOENT) {
+		err = addAskRule(&expr.Target{Name: "NFQUEUE", Rev: 3, Info: &info})
+	}
+	return err
+}
+
+func addAskRule(e expr.Any) error {
+	c, err := nftables.New()
+	if err != nil {
+		return err
+	}
 	table := &nftables.Table{Name: "sluice", Family: nftables.TableFamilyINet}
-	c.AddRule(&nftables.Rule{
-		Table: table, Chain: &nftables.Chain{Name: "ask", Table: table},
-		Exprs: []expr.Any{&expr.Target{Name: "NFQUEUE", Rev: 3, Info: &unknown}},
-	})
+	c.AddRule(&nftables.Rule{Table: table, Chain: &nftables.Chain{Name: "ask", Table: table}, Exprs: []expr.Any{e}})
 	return c.Flush()
 }
 
