@@ -160,7 +160,8 @@ func stageKinds() []stageKind {
 //		goto discard
 //	}
 //	chain pair_1_2_ports4 {
-//		meta nfproto ipv4 ip saddr . ip daddr . meta l4proto . th dport vmap @p1_2_ports4_0
+//		meta nfproto ipv4 meta l4proto . th dport vmap @p1_2_ports4_0
+//		meta nfproto ipv4 ip saddr . ip daddr . meta l4proto . th dport vmap @p1_2_ports4_1
 //		goto discard
 //	}
 func (b *builder) table(name, short string, t policy.Table, verdict func(policy.Class) (stmt, error)) error {
@@ -192,7 +193,6 @@ func (b *builder) table(name, short string, t policy.Table, verdict func(policy.
 
 // stages adds the lookups of one family and kind and says how many they are.
 func (b *builder) stages(chain, maps string, k stageKind, stages []policy.Stage, verdict func(policy.Class) (stmt, error)) (int, error) {
-	key := append([]field{k.family.saddr, k.family.daddr}, k.last...)
 	match := []stmt{is(fieldNFProto, k.family.nfproto)}
 	if k.kind == policy.KindICMP {
 		match = append(match, is(fieldL4Proto, protoValue(k.family.icmp)))
@@ -205,16 +205,18 @@ func (b *builder) stages(chain, maps string, k stageKind, stages []policy.Stage,
 		if s.Is6 != (k.family.number == ipv6.number) || s.Kind != k.kind || len(s.Boxes) == 0 {
 			continue
 		}
+		shape := shapeOf(k, s.Boxes)
+		key := shape.key(k)
 		m := &set{
-			name: fmt.Sprintf("%s_%d", maps, n), key: fieldTypes(key), interval: true,
+			name: fmt.Sprintf("%s_%d", maps, n), key: fieldTypes(key), interval: !shape.exact,
 			data: []nftables.SetDatatype{nftables.TypeVerdict},
 		}
 		for _, x := range s.Boxes {
-			e, err := boxElement(k, x, verdict)
+			e, err := boxElements(k, shape, x, verdict)
 			if err != nil {
 				return 0, err
 			}
-			m.elems = append(m.elems, e)
+			m.elems = append(m.elems, e...)
 		}
 		b.set(m)
 		if n == 0 {
@@ -230,31 +232,111 @@ func (b *builder) stages(chain, maps string, k stageKind, stages []policy.Stage,
 	return n, nil
 }
 
-// boxElement is one box of a stage: a range in every field of the key.
-func boxElement(k stageKind, x policy.Box, verdict func(policy.Class) (stmt, error)) (element, error) {
+// shape is what the key of one stage looks like. A field that is anything in
+// every box is left out, and where few single values remain they are looked up
+// in a hash: both cost a new flow a fraction of a look-up of ranges.
+type shape struct {
+	src, dst bool // the key has the address
+	exact    bool // no ranges
+}
+
+// maxExact bounds the elements that the ranges of one stage become in a hash.
+const maxExact = 4096
+
+func shapeOf(k stageKind, boxes []policy.Box) shape {
+	s := shape{exact: k.kind == policy.KindPorts}
+	elements := 0
+	for _, x := range boxes {
+		s.src = s.src || x.Src.Bits() != 0
+		s.dst = s.dst || x.Dst.Bits() != 0
+		elements += len(singleProtos(k, x)) * (int(x.Ports.Hi) - int(x.Ports.Lo) + 1)
+		single := func(p netip.Prefix) bool { return p.Bits() == 0 || p.IsSingleIP() }
+		if elements > maxExact || !single(x.Src) || !single(x.Dst) {
+			s.exact = false
+		}
+	}
+	for _, x := range boxes {
+		// Anything beside a single address is a range.
+		if s.src && x.Src.Bits() == 0 || s.dst && x.Dst.Bits() == 0 {
+			s.exact = false
+		}
+	}
+	if k.kind != policy.KindPorts {
+		s.dst = true // a key of ranges has two fields
+	}
+	return s
+}
+
+func (s shape) key(k stageKind) []field {
+	var key []field
+	if s.src {
+		key = append(key, k.family.saddr)
+	}
+	if s.dst {
+		key = append(key, k.family.daddr)
+	}
+	return append(key, k.last...)
+}
+
+// singleProtos are the protocols of a box of KindPorts.
+func singleProtos(k stageKind, x policy.Box) []flow.Proto {
+	var out []flow.Proto
+	for _, p := range k.protos {
+		if x.Protos[0] <= p && p <= x.Protos[1] {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// boxElements is one box of a stage: one element with a range in every field
+// of the key, or each of its values.
+func boxElements(k stageKind, s shape, x policy.Box, verdict func(policy.Class) (stmt, error)) ([]element, error) {
 	to, err := verdict(x.Class)
 	if err != nil {
-		return element{}, err
+		return nil, err
 	}
 	if !x.Src.IsValid() || !x.Dst.IsValid() || x.Src.Addr().Is4() != x.Dst.Addr().Is4() ||
 		x.Src.Addr().Is4() != (k.family.number == ipv4.number) {
-		return element{}, fmt.Errorf("box from %s to %s is not in its family", x.Src, x.Dst)
+		return nil, fmt.Errorf("box from %s to %s is not in its family", x.Src, x.Dst)
 	}
 	if x.Protos[0] > x.Protos[1] || x.Ports.Lo > x.Ports.Hi {
-		return element{}, errors.New("box with an empty range")
+		return nil, errors.New("box with an empty range")
 	}
-	parts := []extent{prefixExtent(x.Src), prefixExtent(x.Dst)}
-	switch k.kind {
-	case policy.KindPorts:
-		parts = append(parts, protoExtent(x.Protos), portExtent(x.Ports))
-	case policy.KindICMP:
-		if x.Ports.Hi > 255 {
-			return element{}, fmt.Errorf("icmp type %d does not exist", x.Ports.Hi)
+	if k.kind == policy.KindICMP && x.Ports.Hi > 255 {
+		return nil, fmt.Errorf("icmp type %d does not exist", x.Ports.Hi)
+	}
+	var addrs []extent
+	if s.src {
+		addrs = append(addrs, prefixExtent(x.Src))
+	}
+	if s.dst {
+		addrs = append(addrs, prefixExtent(x.Dst))
+	}
+	if !s.exact {
+		last := []extent{protoExtent(x.Protos)}
+		switch k.kind {
+		case policy.KindPorts:
+			last = append(last, portExtent(x.Ports))
+		case policy.KindICMP:
+			last = []extent{byteExtent(byte(x.Ports.Lo), byte(x.Ports.Hi))}
 		}
-		parts = append(parts, byteExtent(byte(x.Ports.Lo), byte(x.Ports.Hi)))
-	case policy.KindOther:
-		parts = append(parts, protoExtent(x.Protos))
+		e := makeElement(append(addrs, last...), to)
+		return []element{e}, nil
 	}
+	var out []element
+	for _, p := range singleProtos(k, x) {
+		for port := int(x.Ports.Lo); port <= int(x.Ports.Hi); port++ {
+			one := policy.PortRange{Lo: uint16(port), Hi: uint16(port)}
+			e := makeElement(append(addrs[:len(addrs):len(addrs)], protoExtent([2]flow.Proto{p, p}), portExtent(one)), to)
+			e.end = nil
+			out = append(out, e)
+		}
+	}
+	return out, nil
+}
+
+func makeElement(parts []extent, to stmt) element {
 	e := element{verdict: &expr.Verdict{}}
 	*e.verdict = *verdictOf(to)
 	var lo, hi [][]byte
@@ -267,7 +349,7 @@ func boxElement(k stageKind, x policy.Box, verdict func(policy.Class) (stmt, err
 	}
 	e.text += " : " + to.text
 	e.key, e.end = pack(lo...), pack(hi...)
-	return e, nil
+	return e
 }
 
 // extent is an inclusive range of one field.

@@ -19,7 +19,7 @@ type heldPacket struct {
 
 // moveWithin bounds how long a packet may be between two queues. The kernel
 // drops it silently when the holding queue is full or has nobody.
-const moveWithin = 250 * time.Millisecond
+const moveWithin = 2 * time.Second
 
 // release sends the verdicts of flows whose answers were settled, in the order
 // of their packets. A packet that arrives meanwhile waits and follows.
