@@ -9,8 +9,10 @@ import (
 // Bytes are IP packets with their headers for a kernel flow (conntrack's own
 // count) and payload for a user flow.
 type Counts struct {
-	OutBytes, InBytes     uint64
-	OutPackets, InPackets uint64
+	OutBytes   uint64 `json:"out_bytes"`
+	InBytes    uint64 `json:"in_bytes"`
+	OutPackets uint64 `json:"out_packets"`
+	InPackets  uint64 `json:"in_packets"`
 }
 
 // Translation is what NAT made of a flow: the addresses that the far end
