@@ -89,9 +89,7 @@ func TestMeanings(t *testing.T) {
 	}
 	named := 0
 	for _, part := range strings.Split(string(source), `"`) {
-		if strings.Contains(part, "%d") {
-			part = strings.Replace(part, "%d", "4100", 1)
-		}
+		part = strings.Replace(part, "%d", "4100", 1)
 		room, name, ok := strings.Cut(part, ".")
 		if !ok || strings.ContainsAny(part, " (\t\n/") || room == "" || name == "" {
 			continue
