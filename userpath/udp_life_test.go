@@ -54,11 +54,11 @@ func TestUDPIdlePeerEndsAndPortStays(t *testing.T) {
 
 func TestUDPTrafficKeepsAPeer(t *testing.T) {
 	udpInLab(t, func(l *udpLab) {
-		l.start(UDPConfig{PeerIdle: 600 * time.Millisecond})
+		l.start(UDPConfig{PeerIdle: 2 * time.Second})
 		l.server.echo(udpServer)
 		c := l.client.listen("10.0.0.2:4000")
 		f := l.take("10.0.0.2:4000", udpServer, "203.0.113.1:0")
-		for end := time.Now().Add(1500 * time.Millisecond); time.Now().Before(end); {
+		for end := time.Now().Add(4500 * time.Millisecond); time.Now().Before(end); {
 			l.ask(c, udpServer, []byte("still here"))
 			l.silentFor(c, 100*time.Millisecond)
 		}
