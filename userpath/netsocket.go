@@ -42,6 +42,10 @@ func (n *netSocket) recv(stop <-chan struct{}) (*filterapi.Buffer, error) {
 			return nil, err
 		}
 		if n.e.eof.Load() {
+			// A flow that is being ended sets this as well, after the cause.
+			if err := n.unusable(); err != nil {
+				return nil, err
+			}
 			return nil, io.EOF
 		}
 		b := n.pool.get()

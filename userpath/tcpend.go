@@ -131,6 +131,14 @@ func (f *tcpFlow) end(r flow.Result, reason string, reset bool) {
 	f.over = true
 	f.mu.Unlock()
 	f.result, f.reason = r, reason
+	if reset {
+		// Before either end closes: a filter must not take the one for an end
+		// of stream and send a FIN to the other.
+		err := error(unix.ECONNABORTED)
+		for i := range f.ends {
+			f.ends[i].cause.CompareAndSwap(nil, &err)
+		}
+	}
 	for i := range f.ends {
 		f.closeEnd(i, reset)
 		f.loop.dropPassage(&f.dirs[i])
