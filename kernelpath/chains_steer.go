@@ -87,11 +87,13 @@ func (b *builder) upstreamZone() error {
 	arriving := b.base("zone_in", prerouting(priorityRaw))
 	ifaces, every := b.upstreamInterfaces()
 	if every || len(ifaces) > 0 {
+		takeover := rule{oneOf(fieldL4Proto, protoValue(flow.TCP), protoValue(flow.UDP), protoValue(flow.ICMP), protoValue(flow.ICMPv6)),
+			is(fieldTransparent, byteValue("1", 1)), goTo("zone_socket")}
 		if every {
-			arriving.add(isNot(fieldIIf, host32(`"lo"`, 1)), goTo("zone_answer"))
+			arriving.add(append(rule{isNot(fieldIIf, host32(`"lo"`, 1))}, takeover...)...)
 		} else {
 			b.set(interfaceSet("zone_if", "", ifaces))
-			arriving.add(in("zone_if", fieldIIfName), goTo("zone_answer"))
+			arriving.add(append(rule{in("zone_if", fieldIIfName)}, takeover...)...)
 		}
 	}
 
@@ -121,26 +123,6 @@ func (b *builder) ownErrors(own *chain) {
 	}
 }
 
-// legAnswers: the sockets are looked at only for packets to where a leg has
-// sent from lately, and for ICMP errors; that look costs every other packet
-// too much. A living leg sends more often than legMemory: its TCP has
-// keepalive, and UDP flows end sooner.
-func (b *builder) legAnswers() {
-	ours := []stmt{is(fieldTransparent, byteValue("1", 1)), goTo("zone_socket")}
-	a := b.chain("zone_answer")
-	for _, f := range []family{ipv4, ipv6} {
-		a.add(append([]stmt{is(fieldNFProto, f.nfproto), tcpOrUDP(), in(setLegs(f), f.daddr, fieldL4Proto, fieldDport)}, ours...)...)
-	}
-	a.add(append([]stmt{oneOf(fieldL4Proto, protoValue(flow.ICMP), protoValue(flow.ICMPv6))}, ours...)...)
-}
-
-func setLegs(f family) string { return "legs" + f.suffix }
-
-const (
-	legMemory = time.Hour
-	manyLegs  = 1 << 20
-)
-
 // zoneChains: a socket in FIN-WAIT-2 or TIME-WAIT has no mark to be known by
 // (nft_socket.c reads it of full sockets only), and the client's leg may be in
 // that state as well. So a leg that sends its FIN is remembered by tuple.
@@ -150,22 +132,16 @@ func (b *builder) zoneChains(takeover bool) {
 			name: setClosing(f), key: fieldTypes(legKey(f.saddr, f.daddr, fieldSport, fieldDport)),
 			dynamic: true, timeout: true, lasting: true, size: anySize,
 		})
-		b.set(&set{
-			name: setLegs(f), key: fieldTypes([]field{f.saddr, fieldL4Proto, fieldSport}),
-			dynamic: true, timeout: true, lasting: true, size: manyLegs,
-		})
 	}
 	leg := b.chain("zone_leg")
 	leg.add(setZone(b.Zone))
 	for _, f := range []family{ipv4, ipv6} {
 		leg.add(is(fieldNFProto, f.nfproto), is(fieldL4Proto, protoValue(flow.TCP)), closing(),
 			refresh(setClosing(f), lingering, legKey(f.daddr, f.saddr, fieldDport, fieldSport)...))
-		leg.add(is(fieldNFProto, f.nfproto), tcpOrUDP(), refresh(setLegs(f), legMemory, f.saddr, fieldL4Proto, fieldSport))
 	}
 	if !takeover {
 		return
 	}
-	b.legAnswers()
 	s := b.chain("zone_socket")
 	s.add(b.hasPath(fieldSocketMark, flow.Own), setZone(b.Zone), accept())
 	s.add(maskedNot(fieldSocketMark, b.Marks.PathMask(), b.mark(flow.Own)), accept())
