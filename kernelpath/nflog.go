@@ -51,6 +51,7 @@ type Reports struct {
 
 	start  sync.Once
 	begun  chan struct{} // closed by Run and Close: reports may be handed on
+	reader reader
 	failed chan error
 	cancel context.CancelFunc
 
@@ -64,7 +65,8 @@ type Reports struct {
 func NewReports(group uint16, name func(index int) string, heard Heard) (*Reports, error) {
 	// A threshold of 1: the kernel sends each report at once instead of
 	// gathering them for up to a second.
-	g, err := nflog.Open(&nflog.Config{Group: group, Copymode: nflog.CopyPacket, Bufsize: reportCopy, QThresh: 1})
+	reader := newReader()
+	g, err := nflog.Open(&nflog.Config{Group: group, Copymode: nflog.CopyPacket, Bufsize: reportCopy, QThresh: 1, Logger: reader})
 	if err != nil {
 		return nil, fmt.Errorf("open NFLOG socket: %w", err)
 	}
@@ -73,9 +75,11 @@ func NewReports(group uint16, name func(index int) string, heard Heard) (*Report
 		return nil, fmt.Errorf("enlarge the buffer of NFLOG reports: %w", err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	r := &Reports{group: g, heard: heard, name: name,
+	r := &Reports{group: g, heard: heard, name: name, reader: reader,
 		begun: make(chan struct{}), failed: make(chan error, 1), cancel: cancel}
-	if err := g.RegisterWithErrorFunc(ctx, r.hear, func(err error) int { return r.missed(ctx, err) }); err != nil {
+	hear := func(a nflog.Attribute) int { return reader.goOn(r.hear(a)) }
+	missed := func(err error) int { return reader.goOn(r.missed(ctx, err)) }
+	if err := g.RegisterWithErrorFunc(ctx, hear, missed); err != nil {
 		cancel()
 		g.Close()
 		return nil, fmt.Errorf("bind NFLOG group %d: %w", group, err)
@@ -114,8 +118,31 @@ func (r *Reports) Close() error {
 	default:
 	}
 	r.cancel()
+	<-r.reader.ended
 	return r.group.Close()
 }
+
+// reader knows when the library's reading goroutine has ended. The library's
+// own Close waits for that goroutine, but may do so before it has begun to
+// count itself. The reader is its Logger because that is the only one to hear
+// of an end that a cancelled context caused.
+type reader struct {
+	once  *sync.Once
+	ended chan struct{}
+}
+
+func newReader() reader { return reader{new(sync.Once), make(chan struct{})} }
+
+// goOn passes the answer of a callback on: not 0 ends the reading.
+func (r reader) goOn(answer int) int {
+	if answer != 0 {
+		r.once.Do(func() { close(r.ended) })
+	}
+	return answer
+}
+
+func (r reader) Errorf(string, ...any) { r.goOn(1) }
+func (r reader) Debugf(string, ...any) {}
 
 // missed judges an error of the socket; not 0 ends the reading.
 func (r *Reports) missed(ctx context.Context, err error) int {

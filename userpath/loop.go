@@ -30,6 +30,7 @@ type loop struct {
 	stop  bool
 
 	// Loop-owned.
+	quit   bool // the last task has run
 	events []unix.EpollEvent
 	marks  []marked
 	again  []*tcpFlow // had more to carry when their turn was over
@@ -138,8 +139,8 @@ func (l *loop) ring() {
 	unix.Write(l.bell, one[:]) // fails only if the counter were full: then it has rung
 }
 
-// run carries until quit says so, which is asked after each task.
-func (l *loop) run(quit func() bool) error {
+// run carries until a task sets quit.
+func (l *loop) run() error {
 	raw, err := l.epoll.SyscallConn()
 	if err != nil {
 		return fmt.Errorf("wait for sockets: %w", err)
@@ -147,7 +148,7 @@ func (l *loop) run(quit func() bool) error {
 	var failed error
 	err = raw.Read(func(uintptr) bool {
 		done := false
-		done, failed = l.turn(quit)
+		done, failed = l.turn()
 		return done
 	})
 	if err == nil {
@@ -159,7 +160,7 @@ func (l *loop) run(quit func() bool) error {
 
 // turn handles everything that is ready. It is called again by the runtime's
 // poller when something is: leaving with anything unread would lose its edge.
-func (l *loop) turn(quit func() bool) (done bool, err error) {
+func (l *loop) turn() (done bool, err error) {
 	for {
 		n, err := unix.EpollWait(l.epfd, l.events, 0)
 		if err != nil && err != unix.EINTR {
@@ -167,7 +168,7 @@ func (l *loop) turn(quit func() bool) (done bool, err error) {
 		}
 		if l.translate(l.events[:max(n, 0)]) {
 			l.runTasks()
-			if quit() {
+			if l.quit {
 				return true, nil
 			}
 		}

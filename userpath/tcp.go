@@ -159,7 +159,7 @@ func (t *TCP) Run(ctx context.Context) error {
 		})
 	}
 	for _, l := range t.loops {
-		start(func() error { return l.run(t.stopping.Load) })
+		start(l.run)
 	}
 	for _, file := range t.listeners {
 		start(func() error { return t.accept(file, t.accepted) })
@@ -197,6 +197,7 @@ func (t *TCP) stop() {
 			for _, f := range l.flows() {
 				f.finish(flow.CutByPolicy, "the gateway stops")
 			}
+			l.quit = true
 		})
 	}
 }

@@ -237,3 +237,31 @@ func TestSlowReaderHoldsTheSenderBack(t *testing.T) {
 		})
 	}
 }
+
+// TestStopWhileTheLoopIsBusy: a loop that learns of the end while it runs a
+// task of before still ends its flows.
+func TestStopWhileTheLoopIsBusy(t *testing.T) {
+	tcp, err := newTCP(TCPConfig{Log: zap.NewNop(), Loops: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ran := make(chan error, 1)
+	go func() { ran <- tcp.Run(ctx) }()
+	c := carry(t, tcp, false)
+	busy := make(chan struct{})
+	tcp.loops[0].post(func() {
+		close(busy)
+		for !tcp.stopping.Load() {
+			runtime.Gosched()
+		}
+	})
+	<-busy
+	cancel()
+	if e := c.wait(); e.result != flow.CutByPolicy {
+		t.Errorf("ended %+v", e)
+	}
+	if err := <-ran; err != nil {
+		t.Error(err)
+	}
+}
