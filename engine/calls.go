@@ -21,7 +21,7 @@ const (
 
 // AllowFutureConnect implements filterapi.Session.
 func (s *session) AllowFutureConnect(f filterapi.FutureConnect) (filterapi.Action, error) {
-	primary, err := s.checkCall(f.Primary, f.Proto, f.Flags, connectFlags, f.Expiry)
+	primary, err := s.checkCall(f.Negotiated, connectFlags)
 	if err != nil {
 		return nil, fmt.Errorf("allow future connect: %w", err)
 	}
@@ -31,7 +31,7 @@ func (s *session) AllowFutureConnect(f filterapi.FutureConnect) (filterapi.Actio
 	if !s.e.within(f.Flags, f.Target.Addr(), primary.tuple.Dst.Addr()) {
 		return nil, fmt.Errorf("allow future connect to %v, not the peer of the primary connection: %w", f.Target, filterapi.ErrPolicyDenied)
 	}
-	p := s.newPermission(primary, f.Proto, f.Flags, f.Expiry)
+	p := s.newPermission(primary, f.Negotiated)
 	p.Direction, p.Target = nat.Outbound, f.Target
 	p.Client = netip.AddrPortFrom(s.addr, 0)
 	if err := s.e.grant(p); err != nil {
@@ -42,33 +42,37 @@ func (s *session) AllowFutureConnect(f filterapi.FutureConnect) (filterapi.Actio
 }
 
 // BindForClient implements filterapi.Session.
-func (s *session) BindForClient(b filterapi.Bind) (filterapi.Connection, error) {
-	primary, err := s.checkCall(b.Primary, b.Proto, b.Flags, bindFlags, b.Expiry)
+func (s *session) BindForClient(b filterapi.Bind) ([]filterapi.Connection, error) {
+	if len(b.Clients) != 1 {
+		return nil, filterapi.ErrNotSupported
+	}
+	client := b.Clients[0]
+	primary, err := s.checkCall(b.Negotiated, bindFlags)
 	if err != nil {
 		return nil, fmt.Errorf("bind for client: %w", err)
 	}
-	if !b.Client.IsValid() || b.Client.Port() == 0 || b.Client.Addr().Is4() != s.addr.Is4() {
-		return nil, fmt.Errorf("bind for client %v: %w", b.Client, filterapi.ErrInvalidArgument)
+	if !client.IsValid() || client.Port() == 0 || client.Addr().Is4() != s.addr.Is4() {
+		return nil, fmt.Errorf("bind for client %v: %w", client, filterapi.ErrInvalidArgument)
 	}
-	if !s.e.within(b.Flags, b.Client.Addr(), s.addr) {
-		return nil, fmt.Errorf("bind for client %v, not the session's own address: %w", b.Client, filterapi.ErrPolicyDenied)
+	if !s.e.within(b.Flags, client.Addr(), s.addr) {
+		return nil, fmt.Errorf("bind for client %v, not the session's own address: %w", client, filterapi.ErrPolicyDenied)
 	}
 	if !suits(b.IPFilter, s.addr) {
-		return nil, fmt.Errorf("bind for client %v: IP filter: %w", b.Client, filterapi.ErrInvalidArgument)
+		return nil, fmt.Errorf("bind for client %v: IP filter: %w", client, filterapi.ErrInvalidArgument)
 	}
 	// The filters' handlers run in the session.
 	if !s.ref() {
 		return nil, fmt.Errorf("bind for client: %w", filterapi.ErrTerminating)
 	}
 	defer s.e.release(s)
-	p := s.newPermission(primary, b.Proto, b.Flags, b.Expiry)
-	p.Direction, p.Client, p.External = nat.Inbound, b.Client, b.Client
+	p := s.newPermission(primary, b.Negotiated)
+	p.Direction, p.Client, p.External = nat.Inbound, client, client
 	p.filter = b.IPFilter.Clone()
 	p.setSources(p.filter)
 	if addr, hidden := s.e.external(primary); hidden {
 		var ok bool
 		if p.External, ok = s.e.ports.Lease(b.Proto, addr); !ok {
-			return nil, fmt.Errorf("bind for client %v: %w", b.Client, filterapi.ErrNoPorts)
+			return nil, fmt.Errorf("bind for client %v: %w", client, filterapi.ErrNoPorts)
 		}
 		p.leased = true
 	}
@@ -79,9 +83,9 @@ func (s *session) BindForClient(b filterapi.Bind) (filterapi.Connection, error) 
 	p.object.inherit(primary, nil)
 	if err := s.e.openBind(p); err != nil {
 		_ = s.e.void(p) // it logs
-		return nil, fmt.Errorf("bind for client %v: %w", b.Client, err)
+		return nil, fmt.Errorf("bind for client %v: %w", client, err)
 	}
-	return p.object, nil
+	return []filterapi.Connection{p.object}, nil
 }
 
 // external is the gateway's address that a connection's client is hidden
@@ -133,7 +137,8 @@ const bindDeadline = 800 * time.Millisecond
 
 // checkCall holds what the permission calls have in common. The access rules
 // are asked at the call; use is not checked again.
-func (s *session) checkCall(primary filterapi.Connection, p flow.Proto, flags, allowed filterapi.Flags, expiry time.Duration) (*connection, error) {
+func (s *session) checkCall(n filterapi.Negotiated, allowed filterapi.Flags) (*connection, error) {
+	primary, p, flags, expiry := n.Primary, n.Proto, n.Flags, n.Expiry
 	c, ok := primary.(*connection)
 	switch {
 	case !ok || c.session != s || c.bind != nil:
@@ -192,7 +197,8 @@ func (e *Engine) sameNetwork(a, b netip.Addr) bool {
 	return slices.ContainsFunc(p.NetworksOf(a, ifaceA), func(n string) bool { return n != policy.Any && slices.Contains(theirs, n) })
 }
 
-func (s *session) newPermission(primary *connection, p flow.Proto, flags filterapi.Flags, expiry time.Duration) *permission {
+func (s *session) newPermission(primary *connection, n filterapi.Negotiated) *permission {
+	p, flags, expiry := n.Proto, n.Flags, n.Expiry
 	out := &permission{session: s, primary: primary}
 	out.ID = s.e.nextID()
 	out.Proto = p
@@ -223,14 +229,10 @@ func (s *session) watchesSecondary(uses []policy.FilterUse) bool {
 // suits says whether the addresses of an IP filter are of the client's family,
 // and plain.
 func suits(f *filterapi.IPFilter, client netip.Addr) bool {
-	return f == nil || !slices.ContainsFunc(f.Addrs, func(a netip.Addr) bool {
-		return !a.IsValid() || a.Is4() != client.Is4() || a.Is4In6() || a.Zone() != ""
-	})
+	return f == nil || !slices.ContainsFunc(f.Prefixes(), func(p netip.Prefix) bool { return p.Addr().Is4() != client.Is4() })
 }
 
 func (p *permission) setSources(f *filterapi.IPFilter) {
 	p.AnySource, p.Sources = f == nil, nil
-	if f != nil {
-		p.Sources = f.Addrs
-	}
+	p.Sources = f.Prefixes()
 }

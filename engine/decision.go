@@ -39,7 +39,8 @@ type Link struct {
 
 // Takeover is a flow that user space carries: engine and userpath meet in it.
 // userpath calls Connected once when the upstream leg stands (for UDP: before
-// the first datagram is passed), and Ended exactly once in any case, also when
+// the first datagram is passed), Established once when both ends stand (for UDP:
+// when the first datagram was passed), and Ended exactly once in any case, also when
 // the dial failed.
 type Takeover struct {
 	Tuple flow.Tuple
@@ -51,6 +52,14 @@ type Takeover struct {
 	// inbound flow): the pump then gives the chain its sockets the other way
 	// round.
 	InitiatorExternal bool
+	// Emulated: there is no upstream leg. Dial is not set, and the last filter
+	// of the chain gets no external socket. The initiator's SYN is accepted at
+	// once.
+	Emulated bool
+	// OneWay, for an inbound UDP flow: what the client sends is dropped.
+	OneWay bool
+	// Burst: a burst of 64 KiB of UDP payload waits without loss.
+	Burst bool
 	// Buffer is the receive buffer for Chain, in bytes.
 	Buffer int
 

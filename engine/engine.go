@@ -25,6 +25,7 @@ type Config struct {
 	// priority class.
 	Filters []filterapi.Filter
 	Kernel  Kernel
+	User    User
 	Routes  Routes
 	// Ports leases the external ports of binds.
 	Ports *nat.Allocator
@@ -39,6 +40,7 @@ type Config struct {
 // concurrent use.
 type Engine struct {
 	kernel  Kernel
+	user    User
 	routes  Routes
 	ports   *nat.Allocator
 	quota   int
@@ -71,7 +73,7 @@ func New(c Config) (*Engine, error) {
 		return nil, fmt.Errorf("make engine: incomplete configuration: %w", filterapi.ErrInvalidArgument)
 	}
 	e := &Engine{
-		kernel: c.Kernel, routes: c.Routes, ports: c.Ports,
+		kernel: c.Kernel, user: c.User, routes: c.Routes, ports: c.Ports,
 		quota: c.Quota, log: c.Log, now: c.Now,
 	}
 	if e.quota == 0 {
@@ -96,7 +98,7 @@ func (e *Engine) register(f filterapi.Filter) {
 	if m, ok := f.(filterapi.FailModer); ok {
 		r.mode = m.FailMode()
 	}
-	events, err := initFilter(f, firewall{r.log})
+	events, err := initFilter(f, firewall{log: r.log})
 	if err != nil {
 		r.log.Error("filter did not start; its protocols are handled by the rules alone", zap.Error(err))
 		return
@@ -128,7 +130,10 @@ func (e *Engine) Stop() {
 }
 
 // firewall is the gateway as filters see it.
-type firewall struct{ log *zap.Logger }
+type firewall struct {
+	network
+	log *zap.Logger
+}
 
 func (f firewall) Logger() *zap.Logger { return f.log }
 

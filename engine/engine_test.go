@@ -309,3 +309,5 @@ func TestTupleUsedAnewEndsTheFormerFlowOnce(t *testing.T) {
 		t.Fatalf("after its own: %d records, %d living", n, len(b.Flows()))
 	}
 }
+
+func (*fakeKernel) WatchEstablished(bool) error { return nil }

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"net"
 	"net/netip"
 
 	"github.com/sluicegw/sluice/flow"
@@ -21,6 +22,25 @@ type Kernel interface {
 	// before translation: both ends are reset at once, idle or not. A flow
 	// that is gone is no error.
 	Cut(context.Context, ...flow.Tuple) error
+	// WatchEstablished has Engine.KernelEstablished called for every kernel
+	// flow that is established, from the return on, until it was called with
+	// false as often as with true.
+	WatchEstablished(on bool) error
+}
+
+// User is what the engine asks of user space. userpath implements it.
+type User interface {
+	// Originate carries a takeover that has no initiator's packet: it dials
+	// t.Dial, which leads to the client, and gives the chain that socket alone,
+	// as the internal one. It returns when the connection stands, or why it
+	// does not. It owns the takeover from the call on, and calls Ended in any
+	// case. ctx bounds the dial alone.
+	Originate(ctx context.Context, t *Takeover) error
+	// Dial, Listen and ListenPacket make sockets of the gateway's own, with
+	// its mark. from and at may have port 0.
+	Dial(ctx context.Context, p flow.Proto, from, to netip.AddrPort) (net.Conn, error)
+	Listen(at netip.AddrPort) (net.Listener, error)
+	ListenPacket(at netip.AddrPort) (net.PacketConn, error)
 }
 
 // Routes answers where an address is reached. kernelpath implements it.

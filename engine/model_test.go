@@ -85,7 +85,7 @@ func opens(p nat.Permission, t flow.Tuple) bool {
 	if p.Direction == nat.Outbound {
 		return t.Dst == p.Target && t.Src.Addr() == p.Client.Addr()
 	}
-	return t.Dst == p.External && (p.AnySource || slices.Contains(p.Sources, t.Src.Addr()))
+	return t.Dst == p.External && (p.AnySource || slices.ContainsFunc(p.Sources, func(x netip.Prefix) bool { return x.Contains(t.Src.Addr()) }))
 }
 
 // settle ends the refusals.
@@ -156,9 +156,7 @@ func (w *world) flags() filterapi.Flags {
 
 func (w *world) connect(c *modelClient) {
 	target := netip.AddrPortFrom(netip.MustParseAddr(modelServer), uint16(2000+w.rand.IntN(3)))
-	a, err := c.control.Conn().Session().AllowFutureConnect(filterapi.FutureConnect{
-		Primary: c.control.Conn(), Proto: flow.TCP, Target: target, Flags: w.flags(), Expiry: time.Duration(1+w.rand.IntN(20)) * time.Millisecond,
-	})
+	a, err := c.control.Conn().Session().AllowFutureConnect(filterapi.FutureConnect{Negotiated: filterapi.Negotiated{Primary: c.control.Conn(), Proto: flow.TCP, Flags: w.flags(), Expiry: time.Duration(1+w.rand.IntN(20)) * time.Millisecond}, Target: target})
 	if w.may(err) {
 		c.open = append(c.open, modelPermission{action: a, tuple: flow.Tuple{Proto: flow.TCP, Dst: target}})
 	}
@@ -166,12 +164,10 @@ func (w *world) connect(c *modelClient) {
 
 func (w *world) bind(c *modelClient) {
 	filters := []*filterapi.IPFilter{nil, filterapi.OnlyFrom(), filterapi.OnlyFrom(netip.MustParseAddr(modelServer))}
-	b, err := c.control.Conn().Session().BindForClient(filterapi.Bind{
-		Primary: c.control.Conn(), Proto: flow.TCP, Client: netip.AddrPortFrom(c.addr, 5000), Flags: w.flags(),
-		Expiry: time.Duration(1+w.rand.IntN(20)) * time.Millisecond, IPFilter: filters[w.rand.IntN(3)],
-	})
+	b, err := c.control.Conn().Session().BindForClient(filterapi.Bind{Negotiated: filterapi.Negotiated{Primary: c.control.Conn(), Proto: flow.TCP, Flags: w.flags(), Expiry: time.Duration(1+w.rand.IntN(20)) * time.Millisecond}, Clients: []netip.AddrPort{netip.AddrPortFrom(c.addr, 5000)},
+		IPFilter: filters[w.rand.IntN(3)]})
 	if w.may(err) {
-		c.open = append(c.open, modelPermission{bind: b, tuple: b.Tuple()})
+		c.open = append(c.open, modelPermission{bind: b[0], tuple: b[0].Tuple()})
 	}
 }
 
@@ -287,3 +283,5 @@ func (w *world) left() string {
 	}
 	return fmt.Sprintf("kernel %d, listed %d, quota %d, sessions %d, ports %d, flows %d", held, listed, waiting, sessions, leased, len(e.Flows()))
 }
+
+func (*flakyKernel) WatchEstablished(bool) error { return nil }

@@ -14,7 +14,7 @@ func TestAllowFutureConnect(t *testing.T) {
 	tk := b.decide(t)
 	s, primary := tk.Conn().Session(), tk.Conn()
 	ask := func(target string, f filterapi.Flags) (filterapi.Action, error) {
-		return s.AllowFutureConnect(filterapi.FutureConnect{Primary: primary, Target: netip.MustParseAddrPort(target), Proto: flow.TCP, Flags: f})
+		return s.AllowFutureConnect(filterapi.FutureConnect{Negotiated: filterapi.Negotiated{Primary: primary, Proto: flow.TCP, Flags: f}, Target: netip.MustParseAddrPort(target)})
 	}
 	if _, err := ask("203.0.113.11:2000", 0); !errors.Is(err, filterapi.ErrPolicyDenied) {
 		t.Errorf("another host: %v", err)
@@ -58,10 +58,7 @@ func TestQuotaAndSessionEnd(t *testing.T) {
 	b := newBench(t, attaching(&probe{}))
 	tk := b.decide(t)
 	for i := range 4 {
-		_, err := tk.Conn().Session().AllowFutureConnect(filterapi.FutureConnect{
-			Primary: tk.Conn(), Proto: flow.TCP,
-			Target: netip.AddrPortFrom(netip.MustParseAddr("203.0.113.10"), uint16(2000+i)),
-		})
+		_, err := tk.Conn().Session().AllowFutureConnect(filterapi.FutureConnect{Negotiated: filterapi.Negotiated{Primary: tk.Conn(), Proto: flow.TCP}, Target: netip.AddrPortFrom(netip.MustParseAddr("203.0.113.10"), uint16(2000+i))})
 		if (i < 3) != (err == nil) || i == 3 && !errors.Is(err, filterapi.ErrQuota) {
 			t.Fatalf("permission %d: %v", i, err)
 		}
@@ -77,13 +74,12 @@ func TestBindIsReservedThenArmedThenUsedOnce(t *testing.T) {
 	b := newBench(t, attaching(&probe{}))
 	tk := b.decide(t)
 	peer := netip.MustParseAddr("203.0.113.10")
-	bind, err := tk.Conn().Session().BindForClient(filterapi.Bind{
-		Primary: tk.Conn(), Client: netip.MustParseAddrPort("10.0.0.2:5000"), Proto: flow.TCP,
-		Flags: filterapi.Timeout, IPFilter: filterapi.OnlyFrom(),
-	})
+	binds, err := tk.Conn().Session().BindForClient(filterapi.Bind{Negotiated: filterapi.Negotiated{Primary: tk.Conn(), Proto: flow.TCP, Flags: filterapi.Timeout}, Clients: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.2:5000")},
+		IPFilter: filterapi.OnlyFrom()})
 	if err != nil {
 		t.Fatal(err)
 	}
+	bind := binds[0]
 	name, err := bind.ExternalName()
 	if err != nil || name.Addr().String() != "203.0.113.1" || name.Port() < 61000 || name.Port() > 61003 {
 		t.Fatalf("external name %v %v", name, err)
@@ -119,8 +115,7 @@ func TestFailedInstallLeavesNothing(t *testing.T) {
 	tk := b.decide(t)
 	b.kernel.fail = errors.New("kernel says no")
 	for range 10 { // more than the quota
-		_, err := tk.Conn().Session().AllowFutureConnect(filterapi.FutureConnect{
-			Primary: tk.Conn(), Proto: flow.TCP, Target: netip.MustParseAddrPort("203.0.113.10:2000")})
+		_, err := tk.Conn().Session().AllowFutureConnect(filterapi.FutureConnect{Negotiated: filterapi.Negotiated{Primary: tk.Conn(), Proto: flow.TCP}, Target: netip.MustParseAddrPort("203.0.113.10:2000")})
 		if !errors.Is(err, b.kernel.fail) {
 			t.Fatalf("got %v", err)
 		}

@@ -19,9 +19,11 @@ func netipPort(a netip.AddrPort, port uint16) netip.AddrPort {
 
 // bindFor opens a single-use bind for the client of a control connection.
 func bindFor(tk *Takeover, f *filterapi.IPFilter) (filterapi.Connection, error) {
-	return tk.Conn().Session().BindForClient(filterapi.Bind{
-		Primary: tk.Conn(), Client: netip.MustParseAddrPort("10.0.0.2:5000"), Proto: flow.TCP, IPFilter: f,
-	})
+	binds, err := tk.Conn().Session().BindForClient(filterapi.Bind{Negotiated: filterapi.Negotiated{Primary: tk.Conn(), Proto: flow.TCP}, Clients: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.2:5000")}, IPFilter: f})
+	if err != nil {
+		return nil, err
+	}
+	return binds[0], nil
 }
 
 // TestOneRecordAFlow: however a flow ends, and whoever reports it twice, the
@@ -132,8 +134,7 @@ func TestTwoPermissionsOfOneAddress(t *testing.T) {
 	b := newBench(t, attaching(&probe{}))
 	tk := b.decide(t)
 	for range 2 {
-		_, err := tk.Conn().Session().AllowFutureConnect(filterapi.FutureConnect{
-			Primary: tk.Conn(), Proto: flow.TCP, Target: netip.MustParseAddrPort("203.0.113.10:2000")})
+		_, err := tk.Conn().Session().AllowFutureConnect(filterapi.FutureConnect{Negotiated: filterapi.Negotiated{Primary: tk.Conn(), Proto: flow.TCP}, Target: netip.MustParseAddrPort("203.0.113.10:2000")})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -25,6 +25,9 @@ func (t *Takeover) Connected(name, peer netip.AddrPort) {
 	c.name, c.peer = name, peer
 }
 
+// Established tells the engine that the connection stands from end to end.
+func (t *Takeover) Established() {}
+
 // Killed is closed when the engine wants the flow to end at once: userpath
 // then resets both ends and calls Ended.
 func (t *Takeover) Killed() <-chan struct{} { return t.kill }

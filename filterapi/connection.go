@@ -17,10 +17,25 @@ type Connection interface {
 	// and Dst is the external address.
 	Tuple() flow.Tuple
 
+	// Flags tells what is special about the connection.
+	Flags() ConnectionFlags
+
 	// AttachDataFilter puts a data filter on the connection and thereby moves
 	// it to user space. Only inside the handler of a ConnectEvent,
-	// UDPDestinationEvent or AcceptEvent, else ErrBadContext.
+	// UDPDestinationEvent, AcceptEvent or, for UDP, BindEvent, else
+	// ErrBadContext. On a UDP bind it is put on each peer's flow: Pump is then
+	// called once for each of them, also at the same time. ErrTerminating when
+	// the connection is over, ErrInvalidArgument for a nil filter or an
+	// unknown class, ErrAlreadyEmulated for PriorityEmulation on a connection
+	// that is emulated.
 	AttachDataFilter(DataFilter, Priority) error
+	// AttachDataFilterWithDestination is AttachDataFilter for the datagrams to
+	// and from one peer of the client's socket, or of a UDP bind, alone. The
+	// context of Pump is cancelled when the peer is forgotten; should the peer
+	// come back, Pump is called again. Only inside the handler of a
+	// UDPDestinationEvent or of a BindEvent for UDP. ErrInvalidArgument for a
+	// TCP connection or a peer without a port.
+	AttachDataFilterWithDestination(f DataFilter, p Priority, peer netip.AddrPort) error
 	// Deny refuses what the event asks for: the client of a connect gets a
 	// reset, the peer of an accept too, datagrams to a denied UDP destination
 	// are lost. Only inside the handler of such an event or of a BindEvent,
@@ -38,17 +53,58 @@ type Connection interface {
 	// the kernel has acknowledged; nil: all, empty: none. ErrNotSupported on
 	// a flow, ErrTerminating when the bind is used up, expired or closed.
 	SetIPFilter(*IPFilter) error
-	// IPFilter gives a copy of the current one.
+	// IPFilter gives a copy of the current one; nil: everybody may.
 	IPFilter() *IPFilter
+	// SetClientAddress says where the flows of a bind are sent to that was
+	// made without a client's address, and opens it. ErrInvalidArgument for a
+	// bad address, when it was set before, and on anything but such a bind.
+	SetClientAddress(netip.AddrPort) error
+
+	// EmulateForConnect lets a data filter play the server of an outbound
+	// connection, or the peer of a UDP destination: nobody is dialled, and the
+	// last socket of the chain, external, is nil in the filter's Pump. It
+	// stands at PriorityEmulation. Only inside the handler of a ConnectEvent or
+	// UDPDestinationEvent, else ErrBadContext; ErrAlreadyEmulated the second
+	// time.
+	EmulateForConnect(DataFilter) error
+	// EmulateForBind lets the filter emulate a bind: no external address is
+	// opened, and connections are made by EmulateConnection. Only inside the
+	// handler of a BindEvent, else ErrBadContext; ErrAlreadyEmulated the
+	// second time.
+	EmulateForBind() error
+	// EmulateConnection, on an emulated bind, makes an inbound connection to
+	// the client, which sees remote as its peer; the data filter gets its
+	// internal socket alone. local is the client's address and port; invalid:
+	// that of the bind. It returns when the client has accepted. ErrNotEmulated
+	// on anything but an emulated bind, ErrInvalidArgument, ErrTerminating, or
+	// the network's error, for instance ECONNREFUSED.
+	EmulateConnection(f DataFilter, remote, local netip.AddrPort) (Connection, error)
+	// IncrementBytesSent adds to the bytes that the log says were sent on an
+	// emulated connection. ErrNotEmulated on another, ErrTerminating after its
+	// end.
+	IncrementBytesSent(bytes uint64) error
+	// SetSocketName is the address that a binder is told for an emulated bind.
+	// ErrNotEmulated on another, ErrAlreadyExists the second time,
+	// ErrInvalidArgument for an address without a port.
+	SetSocketName(netip.AddrPort) error
 
 	// SetBufferSize sets the receive buffer of a flow that data filters hold,
-	// in bytes. Only in the event's handler; a larger UDP datagram is lost.
+	// in bytes. Only in the event's handler, else ErrBadContext; a larger UDP
+	// datagram is lost.
 	SetBufferSize(bytes int) error
 
 	// Kill ends the connection at once: both ends of a flow are reset, a bind
 	// is closed. It may be repeated.
 	Kill()
 }
+
+// ConnectionFlags tells what is special about a connection.
+type ConnectionFlags uint8
+
+// InternalAddressTranslation: the connection came in through a publishing rule
+// that shows the server the gateway's own address instead of the client's.
+// (FWX_CONNECTION_INTERNAL_ADDRESS_TRANSLATION)
+const InternalAddressTranslation ConnectionFlags = 1
 
 // DefaultBufferSize is the receive buffer of a flow that data filters hold, in
 // bytes. It also bounds one chunk of a stream.

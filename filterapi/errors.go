@@ -21,6 +21,11 @@ var (
 	ErrBadContext = errors.New("not allowed in this context")
 	// ErrAlreadyExists: the thing was set before and can be set once only.
 	ErrAlreadyExists = errors.New("already exists")
+	// ErrAlreadyEmulated: the connection is emulated already, by another
+	// filter or by an earlier call.
+	ErrAlreadyEmulated = errors.New("already emulated")
+	// ErrNotEmulated: the call is for emulated connections only.
+	ErrNotEmulated = errors.New("not emulated")
 	// ErrNotSupported, returned by a handler, means "not for me": the event
 	// passes as if the filter had not been asked.
 	ErrNotSupported = errors.New("not supported")

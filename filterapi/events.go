@@ -1,6 +1,10 @@
 package filterapi
 
-import "net/netip"
+import (
+	"net/netip"
+
+	"github.com/sluicegw/sluice/flow"
+)
 
 // EventMask names kinds of events, one bit each. (FwxFirewallEventType)
 type EventMask uint16
@@ -24,6 +28,24 @@ const (
 	// its handler failed. It never attaches a filter to a session, so register
 	// it in AttachToSession.
 	Terminating
+	// Established: a connection that a permission call of this session filter
+	// let in stands. It goes only to the SessionFilter that the call named in
+	// Notify, once for each connection, whatever the registration says.
+	Established
+)
+
+// Sources names where the flows of an event come from. Several may be joined.
+// (FwxFirewallEventSource)
+type Sources uint8
+
+const (
+	// Transparent: a client whose packets pass through the gateway and that
+	// does not know of it. (fwxSourceNAT)
+	Transparent Sources = 1 << iota
+	// Explicit: somebody asked the gateway on the client's behalf: a protocol
+	// such as SOCKS or PCP, or a filter with a private session.
+	// (fwxSourceWSP)
+	Explicit
 )
 
 // Events is a registration: what a filter wants to hear of.
@@ -34,6 +56,8 @@ type Events struct {
 	// AnyProtocol asks for all flows that come to user space, not only those
 	// of the protocols and rules that name the filter. (fwxAnyProtocol)
 	AnyProtocol bool
+	// Sources bounds where the flows come from; 0: anywhere.
+	Sources Sources
 	// Secondary asks for connections that other connections negotiated, not
 	// only for primary ones. (fwxAssociatedProtocolsAllConnections)
 	Secondary bool
@@ -60,6 +84,8 @@ type About struct {
 	Options any
 	// Secondary is true for a connection that another one negotiated.
 	Secondary bool
+	// Source is where the flow comes from, one bit.
+	Source Sources
 }
 
 // ConnectEvent is raised while the client's SYN is held: neither the server
@@ -74,7 +100,17 @@ type ConnectEvent struct {
 // held. (FwxUdpDestination)
 type UDPDestinationEvent struct {
 	About
-	Peer netip.AddrPort
+	Destination Destination
+	Peer        netip.AddrPort
+}
+
+// Destination is one peer of a client's UDP socket, while its event is
+// handled. (IFWXUdpDestination)
+type Destination interface {
+	// Deny loses the datagrams to and from this peer, silently; other peers of
+	// the socket are not concerned. Only inside the handler of the event, else
+	// ErrBadContext.
+	Deny() error
 }
 
 // BindEvent is raised before the external address is opened.
@@ -100,6 +136,17 @@ type AcceptEvent struct {
 	Remote, Local netip.AddrPort
 }
 
+// EstablishedEvent says that a connection stands which a permission let in:
+// for TCP the handshake is complete from end to end, for UDP the first
+// datagram was passed. An error of its handler is logged and has no effect.
+// (FwxEstablishedConnectionEvent)
+type EstablishedEvent struct {
+	Connection Connection
+	Proto      flow.Proto
+	// Context is what the permission call had in its Context.
+	Context any
+}
+
 // TerminatingEvent is the last event of a connection.
 // (FwxEndConnectionEvent)
 type TerminatingEvent struct{ Connection Connection }
@@ -115,3 +162,4 @@ func (e *BindEvent) Kind() EventMask {
 func (*ListenEvent) Kind() EventMask      { return Listen }
 func (*AcceptEvent) Kind() EventMask      { return Accepted }
 func (*TerminatingEvent) Kind() EventMask { return Terminating }
+func (*EstablishedEvent) Kind() EventMask { return Established }

@@ -2,6 +2,7 @@ package filterapi
 
 import (
 	"context"
+	"net/netip"
 
 	"go.uber.org/zap"
 )
@@ -73,4 +74,15 @@ type SessionFilter interface {
 type Firewall interface {
 	// Logger has the filter's name in every record.
 	Logger() *zap.Logger
+	// ClientSession finds or makes the session of a client whose packets pass
+	// through the gateway. The caller closes it.
+	// ErrInvalidArgument: no unicast address, or one of the gateway's own.
+	ClientSession(client netip.Addr) (Session, error)
+	// PrivateSession makes a session of the filter's own for a client that
+	// asked the filter itself, for instance at a listening socket. Flows of
+	// the client never belong to it unless a permission of it lets them in.
+	// user may be empty. The caller closes it. ErrInvalidArgument.
+	PrivateSession(client netip.Addr, user string) (Session, error)
+	// Network's sockets belong to nobody: the access rules are not asked.
+	Network
 }

@@ -7,8 +7,8 @@ import (
 	"github.com/sluicegw/sluice/flow"
 )
 
-// Flags qualify a permission. A flag that does not fit the call or the
-// protocol is ErrInvalidArgument.
+// Flags qualify a permission. Each call names those that it takes; any other,
+// and one that does not fit the protocol, is ErrInvalidArgument.
 type Flags uint16
 
 const (
@@ -20,6 +20,23 @@ const (
 	// NoKernelMode: each connection goes through user space, whether it needs
 	// to or not.
 	NoKernelMode
+	// AddressBased: the permission belongs to the client's address. By default
+	// it belongs to the session, and another session of the same address has
+	// no use of it.
+	AddressBased
+	// Bidirectional, for UDP: the client may answer the peers that sent to the
+	// bind. By default its answers are lost.
+	Bidirectional
+	// IncreaseReceiveBuffer: where user space carries the flow, a burst of
+	// 64 KiB of UDP payload waits without loss.
+	IncreaseReceiveBuffer
+	// EvenPort: the lowest external port of a bind is even, as RTP wants it
+	// (RFC 3550, section 11). Where nothing is translated it has no effect.
+	EvenPort
+	// Discarding: the bind holds its address and discards what comes, until
+	// RetroactiveAllowBind allows it. This is what a bind is that a client
+	// makes without anybody having approved of it.
+	Discarding
 	// ToSameNet widens the allowed targets (or, for BindForClient, the client
 	// addresses) to the /24 (IPv4) or /64 (IPv6) of the primary connection's
 	// peer (or of the client). By default only that very host is allowed.
@@ -34,65 +51,223 @@ const (
 // use unless the call says otherwise.
 const DefaultTimeout = 60 * time.Second
 
+// SessionFlags tell what kind of session it is.
+type SessionFlags uint8
+
+const (
+	// SessionNAT: the client does not know of the gateway; its packets pass
+	// through it, translated or routed. (FWX_SESSION_NAT)
+	SessionNAT SessionFlags = 1 << iota
+	// SessionPrivate: a filter made it. (FWX_SESSION_PRIVATE)
+	SessionPrivate
+	// SessionAuthenticated: it has a user. (FWX_SESSION_AUTHENTICATED)
+	SessionAuthenticated
+	// SessionTerminated: it has ended. (FWX_SESSION_TERMINATED)
+	SessionTerminated
+)
+
 // Session is everything that one client address does through the gateway. It
-// begins with the first flow and ends with the last. Safe for concurrent use.
+// begins with the first flow and ends with the last; one that came from
+// Firewall.ClientSession or PrivateSession lives at least until Close. Safe
+// for concurrent use.
+//
 // The permission calls block until the kernel has acknowledged the change, so
 // that what announces the permission may be sent at once when they return; do
-// not hold a lock across them that your event handler needs. (IFWXSession)
+// not hold a lock across them that your event handler needs. They ask the
+// access rules when they are called, not when the permission is used; a reload
+// voids what the new rules refuse. (IFWXSession)
 type Session interface {
 	// ID is unique while the gateway runs.
 	ID() uint64
 	// ClientAddr is the client's address.
 	ClientAddr() netip.Addr
+	// User is the name that a private session was made with, else empty.
+	User() string
+	// Flags tells what kind of session it is, and whether it has ended.
+	Flags() SessionFlags
+	// AttachFilter has a filter's AttachToSession called now, before any
+	// event; nothing happens if it is attached already. ErrNotFound: there is
+	// no such filter, or it did not start; ErrTerminating.
+	AttachFilter(name string) error
+	// HostAccessCheck asks the access rules whether the client may open a
+	// connection, and changes nothing. nil: it may; ErrPolicyDenied,
+	// ErrNetworkDenied, ErrInvalidArgument.
+	HostAccessCheck(HostAccess) error
+	// Network makes sockets of the gateway that belong to this session and to
+	// which the access rules apply as if the client had made them.
+	Network() Network
+	// Close gives a session back that came from Firewall.ClientSession or
+	// PrivateSession; on another, and the second time, it does nothing. A
+	// private session ends with it.
+	Close()
+
+	// RedirectConnections gives the client addresses of the gateway's inside,
+	// each of which leads to one target: target i is reached at the returned
+	// address with its port + i, and by action i it is cancelled.
+	// The filters that watch connects to the targets are told at the call, as
+	// a secondary connection; if one denies, the call fails with
+	// ErrPolicyDenied; if one attaches a data filter, the connections go
+	// through user space and each raises the event again.
+	// Flags: AllowMultiple, Timeout, NoKernelMode, IncreaseReceiveBuffer.
+	// Errors: ErrInvalidArgument, ErrPolicyDenied, ErrNetworkDenied,
+	// ErrNoPorts (then nothing is installed), ErrQuota, ErrTerminating.
+	RedirectConnections(Redirect) (inside netip.AddrPort, actions []Action, err error)
 
 	// AllowFutureConnect lets the client open a secondary connection.
-	// Errors: ErrInvalidArgument, ErrPolicyDenied, ErrQuota, ErrTerminating.
+	// Flags: AllowMultiple, Timeout, NoKernelMode, AddressBased, ToSameNet,
+	// ToSameNetwork, ToAll.
+	// Errors: ErrInvalidArgument, ErrPolicyDenied, ErrNetworkDenied, ErrQuota,
+	// ErrTerminating.
 	AllowFutureConnect(FutureConnect) (Action, error)
 
-	// BindForClient opens an external address of the gateway for the client,
-	// or, where the path is routed, a pinhole at the client's own address.
-	// Connection.ExternalName says which. It stays open until it is used up,
-	// expires, is closed, or the session ends. With an empty IPFilter it is
-	// only reserved; SetIPFilter arms it.
-	// Errors: ErrInvalidArgument, ErrPolicyDenied, ErrNoPorts, ErrQuota,
-	// ErrTerminating, ErrAlreadyExists (a pinhole that another session has).
-	BindForClient(Bind) (Connection, error)
+	// BindForClient opens an external address of the gateway for each of the
+	// clients' addresses, on consecutive ports, or, where the path is routed
+	// and no external address is asked for, pinholes at the clients' own
+	// addresses. Connection.ExternalName says which. It stays open until it is
+	// used up, expires, is closed, or the session ends. With an empty IPFilter
+	// it is only reserved; SetIPFilter arms it.
+	// Flags: AllowMultiple, Timeout, NoKernelMode, Bidirectional,
+	// IncreaseReceiveBuffer, EvenPort, Discarding, ToSameNet, ToSameNetwork,
+	// ToAll.
+	// Errors: ErrInvalidArgument, ErrPolicyDenied, ErrNetworkDenied,
+	// ErrNoPorts (then nothing is open), ErrQuota, ErrTerminating,
+	// ErrAlreadyExists (an address that another bind has).
+	BindForClient(Bind) ([]Connection, error)
+
+	// RetroactiveAllowBind allows a bind of this session that discards so far.
+	// already: it was allowed before, and nothing has changed. On an error it
+	// goes on as it was.
+	// Flags: Bidirectional, IncreaseReceiveBuffer.
+	// Errors: ErrInvalidArgument, ErrNotFound, ErrTerminating (the bind is
+	// closing), ErrPolicyDenied.
+	RetroactiveAllowBind(AllowBind) (already bool, err error)
+
+	// SetDataFilterFactory attaches data filters to connections to come,
+	// without an event: for each one, New is called with the time of a handler.
+	// It lasts until it is cancelled or the session ends.
+	// Flags: AddressBased.
+	// Errors: ErrInvalidArgument, ErrTerminating, ErrQuota.
+	SetDataFilterFactory(DataFilterFactory) (Action, error)
+
+	// EmulateClientBind makes a bind that a filter emulates: the events of a
+	// bind are raised, nothing is opened, and EmulateConnection on the result
+	// connects to the client.
+	// Errors: ErrInvalidArgument, ErrPolicyDenied, ErrTerminating.
+	EmulateClientBind(EmulatedBind) (Connection, error)
+}
+
+// Negotiated is what the calls have in common that permit a secondary
+// connection.
+type Negotiated struct {
+	// Primary is the connection that negotiated it: the new flow runs under its
+	// rule. When it ends the permission stays: cancel it. Nil is allowed where
+	// Protocol is set.
+	Primary Connection
+	// Protocol is the protocol definition that the flow is part of, by which
+	// the access rules are asked; empty: that of Primary.
+	Protocol string
+	// Proto is flow.TCP or flow.UDP.
+	Proto flow.Proto
+	// Flags are those that the call takes.
+	Flags Flags
+	// Expiry replaces DefaultTimeout with the Timeout flag; 0 keeps it.
+	Expiry time.Duration
+	// Notify, a SessionFilter of this session, gets an EstablishedEvent with
+	// Context for each connection; nil: nobody does.
+	Notify  SessionFilter
+	Context any
+}
+
+// Redirect asks for addresses of the gateway that lead to targets.
+type Redirect struct {
+	Negotiated
+	// Targets are the real addresses.
+	Targets []netip.AddrPort
+	// External is the gateway's address that the connections leave from; port
+	// 0: any port, the zero value: whatever the rules say. With AllowMultiple
+	// the port must be 0.
+	External netip.AddrPort
 }
 
 // FutureConnect asks for a secondary outbound connection.
 type FutureConnect struct {
-	// Primary is the connection that negotiated it. It decides the rule that
-	// the new flow runs under and, without a wider flag, the only host that
-	// Target may name. When it ends the permission stays: cancel it.
-	Primary Connection
-	// Target is the exact address and port that the client will go to.
+	Negotiated
+	// Target is the exact address and port that the client will go to. Without
+	// a wider flag its host is the peer of Primary.
 	Target netip.AddrPort
-	// Proto is flow.TCP or flow.UDP.
-	Proto flow.Proto
-	// Flags: AllowMultiple, Timeout, NoKernelMode, ToSameNet, ToSameNetwork,
-	// ToAll.
-	Flags Flags
-	// Expiry replaces DefaultTimeout with the Timeout flag; 0 keeps it.
-	Expiry time.Duration
+	// External is as in Redirect.
+	External netip.AddrPort
 }
 
-// Bind asks for a secondary inbound address.
+// Bind asks for secondary inbound addresses.
 type Bind struct {
-	// Primary is the connection that negotiated it; see FutureConnect.
-	Primary Connection
-	// Client is where inbound connections are sent. Its address is the
-	// session's own unless a flag widens that.
-	Client netip.AddrPort
-	// Proto is flow.TCP or flow.UDP.
-	Proto flow.Proto
-	// Flags: AllowMultiple, Timeout, NoKernelMode, ToSameNet, ToSameNetwork,
-	// ToAll.
-	Flags Flags
-	// Expiry replaces DefaultTimeout with the Timeout flag; 0 keeps it. It
-	// runs from the last SetIPFilter.
-	Expiry time.Duration
+	Negotiated
+	// Clients are where inbound connections are sent. Their addresses are the
+	// session's own unless a flag widens that. A single one with the
+	// unspecified address, or the zero value, waits for SetClientAddress.
+	Clients []netip.AddrPort
+	// External is the gateway's address to open, with the lowest port; port 0:
+	// any, the zero value: the address that Primary's client is hidden behind.
+	// The ExternalName of Primary itself may be given: what then comes to it
+	// from elsewhere, within the IPFilter, is sent to the client.
+	External netip.AddrPort
 	// IPFilter says which sources may use it; nil: all, empty: none.
 	IPFilter *IPFilter
+}
+
+// AllowBind names a bind to allow.
+type AllowBind struct {
+	// Proto is flow.TCP or flow.UDP.
+	Proto flow.Proto
+	// Address is the external address of the bind; an unspecified address
+	// with the port matches any.
+	Address netip.AddrPort
+	// Protocol is the protocol definition by which the access rules are asked;
+	// empty: that of the bind.
+	Protocol string
+	Flags    Flags
+	// IPFilter says which sources may use it; nil: all, empty: none.
+	IPFilter *IPFilter
+}
+
+// DataFilterFactory asks for data filters on connections to come.
+type DataFilterFactory struct {
+	// Event is one of ConnectTCP, UDPDestination, Accepted, BindUDP.
+	Event EventMask
+	// Address is the remote address for ConnectTCP and UDPDestination, and the
+	// external one for the others. Port 0 is any port and an unspecified
+	// address any address; such a factory sees only the flows that their rule,
+	// or another filter, brings to user space.
+	Address netip.AddrPort
+	// New makes the data filter of one connection; nil without an error: none.
+	// An error and a panic go by the filter's FailMode.
+	New      func(Connection) (DataFilter, error)
+	Priority Priority
+	Flags    Flags
+}
+
+// EmulatedBind asks for a bind that a filter emulates.
+type EmulatedBind struct {
+	// Client is where the client listens.
+	Client netip.AddrPort
+	// External is what the events say of the bind.
+	External netip.AddrPort
+	// Proto is flow.TCP or flow.UDP.
+	Proto flow.Proto
+	// Protocol is the protocol definition by which the access rules are asked.
+	Protocol string
+	// InternalAddressTranslation sets that flag of the connection.
+	InternalAddressTranslation bool
+}
+
+// HostAccess is a question to the access rules.
+type HostAccess struct {
+	// Protocol is the protocol definition.
+	Protocol string
+	// Target is the server; its port decides nothing if Protocol is given.
+	Target netip.AddrPort
+	// Proto with Target's port stands for an empty Protocol.
+	Proto flow.Proto
 }
 
 // Action is a permission that waits for its use. (IFWXFirewallAction)
@@ -101,32 +276,4 @@ type Action interface {
 	// ErrTerminating when it was used up, has expired or was cancelled.
 	// Safe for concurrent use.
 	Cancel() error
-}
-
-// IPFilter is a set of source addresses. The zero value is the empty set. It
-// is immutable after it was handed to the gateway. (IFWXIpFilter)
-type IPFilter struct{ Addrs []netip.Addr }
-
-// OnlyFrom makes the filter that admits exactly these hosts.
-func OnlyFrom(addrs ...netip.Addr) *IPFilter { return &IPFilter{Addrs: addrs} }
-
-// Includes says whether a source is in the set; a nil filter includes all.
-func (f *IPFilter) Includes(a netip.Addr) bool {
-	if f == nil {
-		return true
-	}
-	for _, x := range f.Addrs {
-		if x == a {
-			return true
-		}
-	}
-	return false
-}
-
-// Clone is a copy that the caller may change.
-func (f *IPFilter) Clone() *IPFilter {
-	if f == nil {
-		return nil
-	}
-	return &IPFilter{Addrs: append([]netip.Addr(nil), f.Addrs...)}
 }

@@ -259,7 +259,7 @@ func TestFlowInboundTranslated(t *testing.T) {
 	wantSeen(t, j.server, "tcp", "203.0.113.1:8080", "203.0.113.10:")
 	wantSilence(t, j.server, "", "203.0.113.1:8080")
 
-	p.AnySource, p.Sources = false, []netip.Addr{netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("203.0.113.11")}
+	p.AnySource, p.Sources = false, []netip.Prefix{netip.MustParsePrefix("203.0.113.10/32"), netip.MustParsePrefix("203.0.113.11/32")}
 	install(t, table, p)
 	if seen, _, err := ask(t, j.server, "tcp", "203.0.113.11", "203.0.113.1:8080"); err != nil || !strings.HasPrefix(seen, "203.0.113.11:") {
 		t.Errorf("second source: %q, %v", seen, err)

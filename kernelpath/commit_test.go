@@ -259,7 +259,7 @@ func randomPermission(r *rand.Rand) nat.Permission {
 	if r.IntN(2) == 0 {
 		p.Direction, p.External, p.AnySource = nat.Inbound, to, r.IntN(2) == 0
 		for i := range r.IntN(3) {
-			p.Sources = append(p.Sources, netip.AddrFrom4([4]byte{192, 0, 2, byte(i)}))
+			p.Sources = append(p.Sources, netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(i)}), 32))
 		}
 	}
 	return p
@@ -288,16 +288,16 @@ func namesOf(p nat.Permission) map[string]string {
 	}
 	sources, to := p.Sources, p.External
 	if p.Direction == nat.Outbound {
-		sources, to = []netip.Addr{p.Client.Addr()}, p.Target
+		sources, to = []netip.Prefix{netip.PrefixFrom(p.Client.Addr(), 32)}, p.Target
 	}
 	if p.Direction == nat.Inbound && p.AnySource {
-		sources = []netip.Addr{{}}
+		sources = []netip.Prefix{{}}
 	} else if use == "once" && len(sources) > 1 {
 		use = "listed"
 		names[fmt.Sprintf("token tcp invalid IP > %s", to)] = ""
 	}
 	for _, s := range sources {
-		at := fmt.Sprintf("%s > %s", s, to)
+		at := fmt.Sprintf("%s > %s", s.Addr(), to)
 		if use == "once" {
 			at = ""
 		}

@@ -85,7 +85,7 @@ func slotsOf(p nat.Permission) ([]slot, error) {
 	once := !p.Multiple && !p.ToUser
 	sources := p.Sources
 	if p.Direction == nat.Outbound {
-		sources = []netip.Addr{p.Client.Addr()}
+		sources = []netip.Prefix{netip.PrefixFrom(p.Client.Addr(), p.Client.Addr().BitLen())}
 	}
 	switch {
 	case p.Direction == nat.Inbound && p.AnySource && once:
@@ -98,7 +98,11 @@ func slotsOf(p nat.Permission) ([]slot, error) {
 			chain = chainListed
 			add(setToken(f), socket, socketText, "")
 		}
-		for _, src := range sources {
+		for _, prefix := range sources {
+			src := prefix.Addr()
+			if !prefix.IsSingleIP() {
+				return nil, fmt.Errorf("%w: source %s is not one host", ErrPermission, prefix)
+			}
 			if src.Is6() != to.Addr().Is6() {
 				return nil, fmt.Errorf("%w: source %s is not of the family of %s", ErrPermission, src, to)
 			}

@@ -107,6 +107,9 @@ func forceReadBuffer(c *netlink.Conn, size int) error {
 	return set
 }
 
+// Established is not built yet.
+func (w *Watch) Established(on bool) error { return nil }
+
 // Close ends a Watch that is not running.
 func (w *Watch) Close() error { return w.conn.Close() }
 

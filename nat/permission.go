@@ -19,6 +19,9 @@ const (
 	// Inbound: from a source to the external address that stands for the
 	// client.
 	Inbound
+	// Local: from a source to an address of the gateway at which a socket of
+	// its own listens.
+	Local
 )
 
 // Permission is one pending permission as the kernel holds it: an element of
@@ -35,12 +38,21 @@ type Permission struct {
 	Client netip.AddrPort
 	// Target is set for Outbound.
 	Target netip.AddrPort
-	// External is set for Inbound. It equals Client for a pinhole, where
-	// nothing is translated.
+	// Via, if valid, is the address of the gateway's inside that the client of
+	// an Outbound one goes to instead; it leads to Target. While it leads
+	// nowhere else, who goes there is refused at once.
+	Via netip.AddrPort
+	// Source, if valid, is the gateway's address that Outbound flows leave
+	// from; port 0: any port.
+	Source netip.AddrPort
+	// External is set for Inbound and Local. It equals Client for a pinhole,
+	// where nothing is translated.
 	External netip.AddrPort
-	// Sources may use an Inbound permission; AnySource: everybody.
-	Sources   []netip.Addr
+	// Sources may use an Inbound or Local permission; AnySource: everybody.
+	Sources   []netip.Prefix
 	AnySource bool
+	// OneWay, for Inbound and UDP: what the client answers is dropped.
+	OneWay bool
 
 	// Multiple permissions are not used up by their first flow.
 	Multiple bool

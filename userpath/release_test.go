@@ -144,7 +144,7 @@ func (c *ftpConnection) AttachDataFilter(f filterapi.DataFilter, _ filterapi.Pri
 	return nil
 }
 
-type ftpFirewall struct{}
+type ftpFirewall struct{ filterapi.Firewall }
 
 func (ftpFirewall) Logger() *zap.Logger { return zap.NewNop() }
 

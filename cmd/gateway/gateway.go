@@ -48,6 +48,9 @@ type gateway struct {
 // Cut implements engine.Kernel.
 func (g *gateway) Cut(ctx context.Context, t ...flow.Tuple) error { return g.cutter.Cut(ctx, t...) }
 
+// WatchEstablished implements engine.Kernel.
+func (g *gateway) WatchEstablished(on bool) error { return g.watch.Established(on) }
+
 // takeovers joins TCP and UDP for the queues.
 type takeovers struct {
 	tcp *userpath.TCP

@@ -52,10 +52,7 @@ func (s inSession) Pump(_ context.Context, c filterapi.Connection, internal, ext
 			_ = last.Cancel() // an error says that it was used
 		}
 		var err error
-		last, err = s.session.AllowFutureConnect(filterapi.FutureConnect{
-			Primary: c, Proto: flow.TCP, Flags: filterapi.Timeout,
-			Target: netip.AddrPortFrom(c.Tuple().Dst.Addr(), uint16(port)),
-		})
+		last, err = s.session.AllowFutureConnect(filterapi.FutureConnect{Negotiated: filterapi.Negotiated{Primary: c, Proto: flow.TCP, Flags: filterapi.Timeout}, Target: netip.AddrPortFrom(c.Tuple().Dst.Addr(), uint16(port))})
 		return err // the line leaves when this has returned
 	})
 	err = errors.Join(err, <-up)

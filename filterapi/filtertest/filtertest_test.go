@@ -68,11 +68,11 @@ func open(t *testing.T) (*puppet, *filtertest.Gateway, *filtertest.Flow) {
 }
 
 func future(p *puppet, port uint16) filterapi.FutureConnect {
-	return filterapi.FutureConnect{Primary: p.conn, Target: netip.AddrPortFrom(server.Addr(), port), Proto: flow.TCP}
+	return filterapi.FutureConnect{Negotiated: filterapi.Negotiated{Primary: p.conn, Proto: flow.TCP}, Target: netip.AddrPortFrom(server.Addr(), port)}
 }
 
 func bind(p *puppet) filterapi.Bind {
-	return filterapi.Bind{Primary: p.conn, Client: netip.AddrPortFrom(client.Addr(), 5001), Proto: flow.TCP}
+	return filterapi.Bind{Negotiated: filterapi.Negotiated{Primary: p.conn, Proto: flow.TCP}, Clients: []netip.AddrPort{netip.AddrPortFrom(client.Addr(), 5001)}}
 }
 
 func TestErrors(t *testing.T) {
@@ -107,7 +107,7 @@ func TestErrors(t *testing.T) {
 		t.Errorf("bind with an unknown flag: %v", err)
 	}
 	b = bind(p)
-	b.Client = netip.MustParseAddrPort("10.0.0.3:5001")
+	b.Clients[0] = netip.MustParseAddrPort("10.0.0.3:5001")
 	if _, err := p.BindForClient(b); !errors.Is(err, filterapi.ErrPolicyDenied) {
 		t.Errorf("bind for another client: %v", err)
 	}
@@ -180,10 +180,11 @@ func TestPermissionLife(t *testing.T) {
 
 		b := bind(p)
 		b.Flags, b.Expiry, b.IPFilter = filterapi.Timeout|filterapi.AllowMultiple, 10*time.Second, filterapi.OnlyFrom()
-		c, err := p.BindForClient(b)
+		binds, err := p.BindForClient(b)
 		if err != nil {
 			t.Fatal(err)
 		}
+		c := binds[0]
 		name, _ := c.ExternalName()
 		if _, in := g.Arrive(flow.TCP, server.Addr(), name); in {
 			t.Error("a reserved bind lets somebody in")
@@ -193,10 +194,12 @@ func TestPermissionLife(t *testing.T) {
 			t.Fatal(err)
 		}
 		copied := c.IPFilter()
-		copied.Addrs[0] = client.Addr()
+		if err := copied.IncludeRange(client.Addr(), client.Addr()); err != nil {
+			t.Fatal(err)
+		}
 		<-time.After(9 * time.Second)
 		for range 2 {
-			if to, in := g.Arrive(flow.TCP, server.Addr(), name); !in || to != b.Client {
+			if to, in := g.Arrive(flow.TCP, server.Addr(), name); !in || to != b.Clients[0] {
 				t.Errorf("armed bind: %v %v", to, in)
 			}
 		}

@@ -73,7 +73,7 @@ func New(tb testing.TB, f filterapi.Filter, options string) *Gateway {
 	if g.options, err = ParseOptions(f, options); err != nil {
 		tb.Fatalf("filtertest: options: %v", err)
 	}
-	if g.events, err = f.Init(firewall{zap.New(core)}); err != nil {
+	if g.events, err = f.Init(firewall{log: zap.New(core)}); err != nil {
 		tb.Fatalf("filtertest: Init: %v", err)
 	}
 	tb.Cleanup(f.Shutdown)
@@ -98,7 +98,10 @@ func ParseOptions(f filterapi.Filter, options string) (any, error) {
 	})
 }
 
-type firewall struct{ log *zap.Logger }
+type firewall struct {
+	network
+	log *zap.Logger
+}
 
 func (f firewall) Logger() *zap.Logger { return f.log }
 

@@ -35,9 +35,22 @@ func (p *permission) String() string {
 	}
 	from := "everybody"
 	if p.sources != nil {
-		from = fmt.Sprint(p.sources.Addrs)
+		from = fmt.Sprint(hosts(p.sources))
 	}
 	return fmt.Sprintf("%s %s > %s from %s", p.proto, p.external, p.client, from)
+}
+
+// hosts are the sources of a filter; a range is its prefix.
+func hosts(f *filterapi.IPFilter) []string {
+	out := []string{}
+	for _, p := range f.Prefixes() {
+		if p.IsSingleIP() {
+			out = append(out, p.Addr().String())
+		} else {
+			out = append(out, p.String())
+		}
+	}
+	return out
 }
 
 // startTimer (re)starts the expiry of a permission. Gateway.mu is held.

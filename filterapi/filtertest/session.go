@@ -46,26 +46,27 @@ func (s *session) AllowFutureConnect(fc filterapi.FutureConnect) (filterapi.Acti
 	return action{p}, nil
 }
 
-func (s *session) BindForClient(b filterapi.Bind) (filterapi.Connection, error) {
+func (s *session) BindForClient(b filterapi.Bind) ([]filterapi.Connection, error) {
+	client := b.Clients[0]
 	p := &permission{
-		gateway: s.gateway, session: s, proto: b.Proto, client: b.Client,
+		gateway: s.gateway, session: s, proto: b.Proto, client: client,
 		sources: b.IPFilter.Clone(), multiple: b.Flags&filterapi.AllowMultiple != 0,
 		expiry: expiry(b.Flags, b.Expiry),
 	}
 	switch {
-	case b.Flags&^bindFlags != 0, !knownProto(b.Proto), !b.Client.IsValid(), b.Client.Port() == 0, b.Expiry < 0:
-		return nil, fmt.Errorf("bind for %s: %w", b.Client, filterapi.ErrInvalidArgument)
-	case !reaches(b.Flags, b.Client.Addr(), s.addr):
-		return nil, fmt.Errorf("bind for %s: %w", b.Client, filterapi.ErrPolicyDenied)
+	case b.Flags&^bindFlags != 0, !knownProto(b.Proto), !client.IsValid(), client.Port() == 0, b.Expiry < 0:
+		return nil, fmt.Errorf("bind for %s: %w", client, filterapi.ErrInvalidArgument)
+	case !reaches(b.Flags, client.Addr(), s.addr):
+		return nil, fmt.Errorf("bind for %s: %w", client, filterapi.ErrPolicyDenied)
 	}
 	how := Bound
-	if b.IPFilter != nil && len(b.IPFilter.Addrs) == 0 {
+	if b.IPFilter != nil && len(b.IPFilter.Prefixes()) == 0 {
 		how = Reserved
 	}
 	if err := s.gateway.install(p, how); err != nil {
-		return nil, fmt.Errorf("bind for %s: %w", b.Client, err)
+		return nil, fmt.Errorf("bind for %s: %w", client, err)
 	}
-	return &bound{p: p}, nil
+	return []filterapi.Connection{&bound{p: p}}, nil
 }
 
 func knownProto(p flow.Proto) bool { return p == flow.TCP || p == flow.UDP }

@@ -94,17 +94,17 @@ func (c *control) reserve(cmd command, want netip.AddrPort, format func(netip.Ad
 	x := &exchange{verb: cmd.verb, neg: &negotiation{}}
 	c.lockSuperseded(x)
 	c.mu.Unlock()
-	bind, err := c.session.BindForClient(filterapi.Bind{
-		Primary: c.conn, Client: want, Proto: flow.TCP,
-		Flags: filterapi.Timeout, IPFilter: filterapi.OnlyFrom(),
+	binds, err := c.session.BindForClient(filterapi.Bind{
+		Negotiated: filterapi.Negotiated{Primary: c.conn, Proto: flow.TCP, Flags: filterapi.Timeout},
+		Clients:    []netip.AddrPort{want}, IPFilter: filterapi.OnlyFrom(),
 	})
 	if err != nil {
 		c.log.Info("data connection refused", zap.Stringer("flow", c.conn.Tuple()), zap.String("command", cmd.verb), zap.Error(err))
 		c.answer(cmd.raw, unavailable(err))
 		return
 	}
-	x.neg.bind = bind
-	name, err := bind.ExternalName()
+	x.neg.bind = binds[0]
+	name, err := binds[0].ExternalName()
 	if err != nil || name.Addr().Is4() != c.is4() {
 		cancel(x.neg)
 		c.answer(cmd.raw, unavailable(err))
@@ -224,8 +224,8 @@ func (c *control) allow(x *exchange, line replyLine) string {
 		c.log.Warn("passive reply names another host", zap.Stringer("flow", c.conn.Tuple()), zap.Stringer("target", said))
 	}
 	action, err := c.session.AllowFutureConnect(filterapi.FutureConnect{
-		Primary: c.conn, Target: netip.AddrPortFrom(server, said.Port()),
-		Proto: flow.TCP, Flags: filterapi.Timeout,
+		Negotiated: filterapi.Negotiated{Primary: c.conn, Proto: flow.TCP, Flags: filterapi.Timeout},
+		Target:     netip.AddrPortFrom(server, said.Port()),
 	})
 	if err != nil {
 		c.log.Info("data connection refused", zap.Stringer("flow", c.conn.Tuple()), zap.Stringer("target", said), zap.Error(err))

@@ -201,7 +201,7 @@ func ipFilter(sources []string) (*filterapi.IPFilter, error) {
 		return nil, nil
 	}
 	addrs, err := parseAddrs(sources)
-	return &filterapi.IPFilter{Addrs: addrs}, err
+	return filterapi.OnlyFrom(addrs...), err
 }
 
 var flagNames = map[string]filterapi.Flags{
@@ -246,8 +246,8 @@ func (f *Filter) future(r request, out *reply) error {
 			return err
 		}
 		act, err := s.AllowFutureConnect(filterapi.FutureConnect{
-			Primary: primary, Target: target, Proto: p, Flags: flags,
-			Expiry: time.Duration(r.Args.TimeoutMS) * time.Millisecond,
+			Negotiated: filterapi.Negotiated{Primary: primary, Proto: p, Flags: flags, Expiry: time.Duration(r.Args.TimeoutMS) * time.Millisecond},
+			Target:     target,
 		})
 		if err != nil {
 			return err
@@ -274,13 +274,14 @@ func (f *Filter) bind(r request, out *reply) error {
 	if err != nil {
 		return err
 	}
-	c, err := s.BindForClient(filterapi.Bind{
-		Primary: primary, Client: client, Proto: p, Flags: flags, IPFilter: sources,
-		Expiry: time.Duration(r.Args.TimeoutMS) * time.Millisecond,
+	binds, err := s.BindForClient(filterapi.Bind{
+		Negotiated: filterapi.Negotiated{Primary: primary, Proto: p, Flags: flags, Expiry: time.Duration(r.Args.TimeoutMS) * time.Millisecond},
+		Clients:    []netip.AddrPort{client}, IPFilter: sources,
 	})
 	if err != nil {
 		return err
 	}
+	c := binds[0]
 	name, err := c.ExternalName()
 	if err != nil {
 		return err
