@@ -42,7 +42,7 @@ func (s *session) AllowFutureConnect(f filterapi.FutureConnect) (filterapi.Actio
 }
 
 // BindForClient implements filterapi.Session.
-func (s *session) BindForClient(b filterapi.Bind) ([]filterapi.Connection, error) {
+func (s *session) BindForClient(b filterapi.Bind) ([]*connection, error) {
 	if len(b.Clients) != 1 {
 		return nil, filterapi.ErrNotSupported
 	}
@@ -85,7 +85,7 @@ func (s *session) BindForClient(b filterapi.Bind) ([]filterapi.Connection, error
 		_ = s.e.void(p) // it logs
 		return nil, fmt.Errorf("bind for client %v: %w", client, err)
 	}
-	return []filterapi.Connection{p.object}, nil
+	return []*connection{p.object}, nil
 }
 
 // external is the gateway's address that a connection's client is hidden
@@ -114,8 +114,8 @@ func (e *Engine) openBind(p *permission) error {
 		kind = filterapi.BindTCP
 	}
 	c := p.object
-	if err := e.notify(ctx, c, kind, func(o any) filterapi.Event {
-		return &filterapi.BindEvent{About: c.about(o), TCP: p.Proto == flow.TCP, External: p.External}
+	if err := e.notify(ctx, c, kind, func(_ *registered, a filterapi.About) filterapi.Event {
+		return &filterapi.BindEvent{About: a, TCP: p.Proto == flow.TCP, External: p.External}
 	}); err != nil {
 		return fmt.Errorf("%w: %w", filterapi.ErrPolicyDenied, err)
 	}
@@ -125,8 +125,8 @@ func (e *Engine) openBind(p *permission) error {
 	if p.Proto == flow.TCP {
 		// A listen cannot be refused any more; its handlers' errors are in the
 		// log.
-		_ = e.notify(ctx, c, filterapi.Listen, func(o any) filterapi.Event {
-			return &filterapi.ListenEvent{About: c.about(o), External: p.External}
+		_ = e.notify(ctx, c, filterapi.Listen, func(_ *registered, a filterapi.About) filterapi.Event {
+			return &filterapi.ListenEvent{About: a, External: p.External}
 		})
 	}
 	return nil
@@ -139,7 +139,7 @@ const bindDeadline = 800 * time.Millisecond
 // are asked at the call; use is not checked again.
 func (s *session) checkCall(n filterapi.Negotiated, allowed filterapi.Flags) (*connection, error) {
 	primary, p, flags, expiry := n.Primary, n.Proto, n.Flags, n.Expiry
-	c, ok := primary.(*connection)
+	c, ok := unwrap(primary)
 	switch {
 	case !ok || c.session != s || c.bind != nil:
 		return nil, fmt.Errorf("primary connection: %w", filterapi.ErrInvalidArgument)

@@ -16,8 +16,8 @@ import (
 )
 
 // connection is one flow that user space judged, carried by either path, or
-// (bind != nil) an address that is open for inbound flows. It implements
-// filterapi.Connection.
+// (bind != nil) an address that is open for inbound flows. Filters hold it by
+// a connHandle.
 type connection struct {
 	e       *Engine
 	session *session
@@ -35,7 +35,7 @@ type connection struct {
 	bind      *permission // of a bind object
 
 	mu       sync.Mutex
-	handler  string              // the filter whose handler runs; empty: none
+	handler  *registered         // the filter whose handler runs; nil: none
 	handling filterapi.EventMask // what it handles
 	denied   bool
 	killed   bool
@@ -47,6 +47,7 @@ type connection struct {
 	peer     netip.AddrPort
 	ended    bool
 	hearers  []hearer
+	handles  []*connHandle
 }
 
 type hearer struct {
@@ -94,9 +95,6 @@ func (l *living) all() []*connection {
 	return out
 }
 
-// public is the connection as filters get it.
-func (c *connection) public() filterapi.Connection { return c }
-
 // root is the primary connection, by which the rules judge.
 func (c *connection) root() *connection {
 	for {
@@ -128,13 +126,13 @@ func (c *connection) finish() bool {
 }
 
 // open and shut bracket a filter's event handler.
-func (c *connection) open(filter string, kind filterapi.EventMask) {
+func (c *connection) open(filter *registered, kind filterapi.EventMask) {
 	c.mu.Lock()
 	c.handler, c.handling = filter, kind
 	c.mu.Unlock()
 }
 
-func (c *connection) shut() { c.open("", 0) }
+func (c *connection) shut() { c.open(nil, 0) }
 
 func (c *connection) isDenied() bool {
 	c.mu.Lock()
@@ -161,32 +159,26 @@ func (c *connection) heard() []hearer {
 }
 
 // dropLinks takes a failed filter's data filters off again.
-func (c *connection) dropLinks(filter string) {
+func (c *connection) dropLinks(r *registered) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	kept := c.links[:0:0]
 	for _, l := range c.links {
-		if l.Name != filter {
+		if l.owner != r {
 			kept = append(kept, l)
 		}
 	}
 	c.links = kept
 }
 
-// Session implements filterapi.Connection.
-func (c *connection) Session() filterapi.Session { return c.session }
-
-// Tuple implements filterapi.Connection.
-func (c *connection) Tuple() flow.Tuple { return c.tuple }
-
-// AttachDataFilter implements filterapi.Connection.
-func (c *connection) AttachDataFilter(df filterapi.DataFilter, class filterapi.Priority) error {
+// attachDataFilter is AttachDataFilter, called by a filter.
+func (c *connection) attachDataFilter(r *registered, df filterapi.DataFilter, class filterapi.Priority) error {
 	if df == nil || class < filterapi.PriorityNAT || class > filterapi.PriorityEmulation {
 		return filterapi.ErrInvalidArgument
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.handler == "" || c.bind != nil {
+	if c.handler == nil || c.handler != r || c.bind != nil {
 		return filterapi.ErrBadContext
 	}
 	at := len(c.links)
@@ -195,15 +187,15 @@ func (c *connection) AttachDataFilter(df filterapi.DataFilter, class filterapi.P
 	}
 	c.links = append(c.links, Link{})
 	copy(c.links[at+1:], c.links[at:])
-	c.links[at] = Link{Filter: df, Name: c.handler, Priority: class}
+	c.links[at] = Link{Filter: df, Name: r.filter.Name(), Priority: class, owner: r}
 	return nil
 }
 
-// Deny implements filterapi.Connection.
-func (c *connection) Deny() error {
+// deny is Deny, called by a filter.
+func (c *connection) deny(r *registered) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.handler == "" || c.handling == filterapi.Listen {
+	if c.handler == nil || c.handler != r || c.handling == filterapi.Listen {
 		return filterapi.ErrBadContext
 	}
 	c.denied = true
@@ -255,14 +247,14 @@ func (c *connection) IPFilter() *filterapi.IPFilter {
 // maxBuffer bounds SetBufferSize, in bytes.
 const maxBuffer = 1 << 20
 
-// SetBufferSize implements filterapi.Connection.
-func (c *connection) SetBufferSize(bytes int) error {
+// setBufferSize is SetBufferSize, called by a filter.
+func (c *connection) setBufferSize(r *registered, bytes int) error {
 	if bytes <= 0 || bytes > maxBuffer {
 		return filterapi.ErrInvalidArgument
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.handler == "" {
+	if c.handler == nil || c.handler != r {
 		return filterapi.ErrBadContext
 	}
 	c.buffer = bytes

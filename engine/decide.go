@@ -134,10 +134,10 @@ func (c *connection) inherit(primary *connection, perm *permission) {
 	c.rule, c.protocol, c.uses = primary.rule, primary.protocol, primary.uses
 }
 
-// about is what the events of a connection have in common.
-func (c *connection) about(options any) filterapi.About {
+// about is what the events of a connection have in common, for one filter.
+func (c *connection) about(r *registered, options any) filterapi.About {
 	return filterapi.About{
-		Connection: c.public(), Protocol: c.protocol, Rule: c.rule.Name,
+		Connection: c.handle(r), Protocol: c.protocol, Rule: c.rule.Name,
 		Options: options, Secondary: c.secondary,
 	}
 }
@@ -147,20 +147,20 @@ func (e *Engine) raise(ctx context.Context, c *connection) error {
 	inbound := c.perm != nil && c.perm.inbound()
 	switch {
 	case c.tuple.Proto == flow.TCP && inbound:
-		return e.notify(ctx, c, filterapi.Accepted, func(o any) filterapi.Event {
-			return &filterapi.AcceptEvent{About: c.about(o), Listener: c.perm.object, Remote: c.tuple.Src, Local: c.tuple.Dst}
+		return e.notify(ctx, c, filterapi.Accepted, func(r *registered, a filterapi.About) filterapi.Event {
+			return &filterapi.AcceptEvent{About: a, Listener: c.perm.object.handle(r), Remote: c.tuple.Src, Local: c.tuple.Dst}
 		})
 	case c.tuple.Proto == flow.TCP:
-		return e.notify(ctx, c, filterapi.ConnectTCP, func(o any) filterapi.Event {
-			return &filterapi.ConnectEvent{About: c.about(o), Target: c.tuple.Dst}
+		return e.notify(ctx, c, filterapi.ConnectTCP, func(_ *registered, a filterapi.About) filterapi.Event {
+			return &filterapi.ConnectEvent{About: a, Target: c.tuple.Dst}
 		})
 	case c.tuple.Proto == flow.UDP:
 		peer := c.tuple.Dst
 		if inbound {
 			peer = c.tuple.Src
 		}
-		return e.notify(ctx, c, filterapi.UDPDestination, func(o any) filterapi.Event {
-			return &filterapi.UDPDestinationEvent{About: c.about(o), Peer: peer}
+		return e.notify(ctx, c, filterapi.UDPDestination, func(_ *registered, a filterapi.About) filterapi.Event {
+			return &filterapi.UDPDestinationEvent{About: a, Peer: peer}
 		})
 	}
 	return nil
@@ -181,8 +181,8 @@ func (e *Engine) takeOver(c *connection) Decision {
 	} else {
 		t.Dial = e.upstream(c)
 	}
+	t.Chain = c.chain()
 	c.mu.Lock()
-	t.Chain = append([]Link(nil), c.links...)
 	t.Buffer = c.buffer
 	c.mu.Unlock()
 	if t.Buffer == 0 {

@@ -35,6 +35,8 @@ type Link struct {
 	Filter   filterapi.DataFilter
 	Name     string // of the application filter, for the log
 	Priority filterapi.Priority
+
+	owner *registered
 }
 
 // Takeover is a flow that user space carries: engine and userpath meet in it.

@@ -64,11 +64,13 @@ func bound(ev filterapi.Events, kind filterapi.EventMask, name string, uses []po
 	return nil, ev.AnyProtocol
 }
 
+// eventFor makes the event that one filter gets.
+type eventFor func(r *registered, a filterapi.About) filterapi.Event
+
 // notify raises one event with every filter that is registered for it, in the
-// order of the configuration, and stops when one denies. event makes the
-// event for a filter's own options. It is the only place from which filters'
+// order of the configuration, and stops when one denies. It is the only place from which filters'
 // handlers are called for a flow that can still be refused.
-func (e *Engine) notify(ctx context.Context, c *connection, kind filterapi.EventMask, event func(options any) filterapi.Event) error {
+func (e *Engine) notify(ctx context.Context, c *connection, kind filterapi.EventMask, event eventFor) error {
 	var within context.Context
 	for _, r := range e.filters {
 		if _, ok := bound(c.session.wants(r), kind, r.filter.Name(), c.uses, c.secondary); !ok {
@@ -105,7 +107,7 @@ func forHandlers(ctx context.Context) (context.Context, context.CancelFunc) {
 // deliver gives one event to one filter. Its error means that the flow is
 // refused. When the time is over nobody is called any more, so that a handler
 // that runs on never finds the connection open for another.
-func (e *Engine) deliver(ctx context.Context, c *connection, r *registered, kind filterapi.EventMask, event func(options any) filterapi.Event) error {
+func (e *Engine) deliver(ctx context.Context, c *connection, r *registered, kind filterapi.EventMask, event eventFor) error {
 	err := e.handle(ctx, c, r, kind, event)
 	if err == nil || errors.Is(err, filterapi.ErrNotSupported) {
 		return nil
@@ -117,13 +119,13 @@ func (e *Engine) deliver(ctx context.Context, c *connection, r *registered, kind
 		r.log.Warn("event handler failed", zap.Error(err), zap.Stringer("flow", c.tuple))
 	}
 	if r.mode == filterapi.FailOpen {
-		c.dropLinks(r.filter.Name())
+		c.dropLinks(r)
 		return nil
 	}
 	return err
 }
 
-func (e *Engine) handle(ctx context.Context, c *connection, r *registered, kind filterapi.EventMask, event func(options any) filterapi.Event) error {
+func (e *Engine) handle(ctx context.Context, c *connection, r *registered, kind filterapi.EventMask, event eventFor) error {
 	a, err := e.attach(ctx, c.session, r)
 	if err != nil {
 		return err
@@ -136,9 +138,9 @@ func (e *Engine) handle(ctx context.Context, c *connection, r *registered, kind 
 		return fmt.Errorf("no time is left for it: %w", ctx.Err())
 	}
 	c.told(r, a) // whatever comes of it: the connection is in its hands from now on
-	c.open(r.filter.Name(), kind)
+	c.open(r, kind)
 	defer c.shut()
-	_, err = call(ctx, func() (struct{}, error) { return struct{}{}, a.filter.HandleEvent(ctx, event(options)) })
+	_, err = call(ctx, func() (struct{}, error) { return struct{}{}, a.filter.HandleEvent(ctx, event(r, c.about(r, options))) })
 	return err
 }
 
@@ -152,7 +154,7 @@ func (e *Engine) terminating(c *connection) {
 	defer cancel()
 	for _, h := range c.heard() {
 		_, err := call(ctx, func() (struct{}, error) {
-			return struct{}{}, h.a.filter.HandleEvent(ctx, &filterapi.TerminatingEvent{Connection: c.public()})
+			return struct{}{}, h.a.filter.HandleEvent(ctx, &filterapi.TerminatingEvent{Connection: c.handle(h.r)})
 		})
 		if err != nil && !errors.Is(err, filterapi.ErrNotSupported) {
 			h.r.log.Warn("terminating handler failed", zap.Error(err), zap.Stringer("flow", c.tuple))

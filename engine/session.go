@@ -21,6 +21,7 @@ type session struct {
 	refs     int
 	ended    bool
 	attached map[*registered]*attachment
+	handles  []*sessionHandle
 
 	perms map[*permission]struct{} // under permissions.mu
 }
@@ -180,7 +181,7 @@ func (e *Engine) attach(ctx context.Context, s *session, r *registered) (*attach
 func (e *Engine) attachNow(s *session, r *registered, a *attachment) {
 	func() {
 		defer recovered(&a.err)
-		a.filter, a.events, a.err = r.filter.AttachToSession(s)
+		a.filter, a.events, a.err = r.filter.AttachToSession(s.handle(r))
 	}()
 	s.mu.Lock()
 	ended := s.ended
@@ -213,9 +214,3 @@ func (a *attachment) wants() filterapi.Events {
 	}
 	return a.events
 }
-
-// ID implements filterapi.Session.
-func (s *session) ID() uint64 { return s.id }
-
-// ClientAddr implements filterapi.Session.
-func (s *session) ClientAddr() netip.Addr { return s.addr }

@@ -1,14 +1,38 @@
 package engine
 
 import (
+	"context"
 	"net/netip"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
 )
 
-// Conn is the connection object that data filters get in Pump.
-func (t *Takeover) Conn() filterapi.Connection { return t.flow }
+// Conn is the connection as the gateway itself holds it. Each data filter of
+// Chain gets that of its own filter instead, whatever its Pump is called with.
+func (t *Takeover) Conn() filterapi.Connection { return t.flow.handle(nil) }
+
+// ownHandle is a data filter that gets its own filter's handle of the flow.
+type ownHandle struct {
+	filterapi.DataFilter
+	conn *connHandle
+}
+
+// Pump implements filterapi.DataFilter.
+func (o ownHandle) Pump(ctx context.Context, _ filterapi.Connection, internal, external filterapi.Socket) error {
+	return o.DataFilter.Pump(ctx, o.conn, internal, external)
+}
+
+// chain is the data filters of the flow as userpath gets them.
+func (c *connection) chain() []Link {
+	c.mu.Lock()
+	links := append([]Link(nil), c.links...)
+	c.mu.Unlock()
+	for i, l := range links {
+		links[i].Filter = ownHandle{l.Filter, c.handle(l.owner)}
+	}
+	return links
+}
 
 // Connected tells the engine that the upstream leg stands. name is the
 // gateway's end of it, peer the far one.

@@ -23,21 +23,23 @@ func (s *session) RedirectConnections(filterapi.Redirect) (netip.AddrPort, []fil
 func (s *session) RetroactiveAllowBind(filterapi.AllowBind) (bool, error) {
 	return false, filterapi.ErrNotSupported
 }
-func (s *session) SetDataFilterFactory(filterapi.DataFilterFactory) (filterapi.Action, error) {
+func (s *session) setDataFilterFactory(*registered, filterapi.DataFilterFactory) (filterapi.Action, error) {
 	return nil, filterapi.ErrNotSupported
 }
-func (s *session) EmulateClientBind(filterapi.EmulatedBind) (filterapi.Connection, error) {
+func (s *session) emulateClientBind(filterapi.EmulatedBind) (*connection, error) {
 	return nil, filterapi.ErrNotSupported
 }
 
 func (c *connection) Flags() filterapi.ConnectionFlags { return 0 }
-func (c *connection) AttachDataFilterWithDestination(filterapi.DataFilter, filterapi.Priority, netip.AddrPort) error {
+func (c *connection) attachWithDestination(*registered, filterapi.DataFilter, filterapi.Priority, netip.AddrPort) error {
 	return filterapi.ErrNotSupported
 }
-func (c *connection) SetClientAddress(netip.AddrPort) error        { return filterapi.ErrNotSupported }
-func (c *connection) EmulateForConnect(filterapi.DataFilter) error { return filterapi.ErrNotSupported }
-func (c *connection) EmulateForBind() error                        { return filterapi.ErrNotSupported }
-func (c *connection) EmulateConnection(filterapi.DataFilter, netip.AddrPort, netip.AddrPort) (filterapi.Connection, error) {
+func (c *connection) SetClientAddress(netip.AddrPort) error { return filterapi.ErrNotSupported }
+func (c *connection) emulateForConnect(*registered, filterapi.DataFilter) error {
+	return filterapi.ErrNotSupported
+}
+func (c *connection) emulateForBind(*registered) error { return filterapi.ErrNotSupported }
+func (c *connection) emulateConnection(*registered, filterapi.DataFilter, netip.AddrPort, netip.AddrPort) (*connection, error) {
 	return nil, filterapi.ErrNotSupported
 }
 func (c *connection) IncrementBytesSent(uint64) error    { return filterapi.ErrNotSupported }
