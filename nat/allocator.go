@@ -1,6 +1,8 @@
 package nat
 
 import (
+	"errors"
+	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"sync"
@@ -44,27 +46,102 @@ func NewAllocator(ports Range, busy func(Endpoint) bool, now func() time.Time) *
 
 // Lease takes a free port of an external address; false: there is none.
 func (a *Allocator) Lease(p flow.Proto, addr netip.Addr) (netip.AddrPort, bool) {
+	return a.LeaseRun(p, addr, 1, false)
+}
+
+// LeaseRun takes n consecutive free ports of an address and gives the lowest,
+// which is even if that is asked for; false: there is no such run. Each port is
+// returned by itself.
+func (a *Allocator) LeaseRun(p flow.Proto, addr netip.Addr, n int, even bool) (netip.AddrPort, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.wake()
-	n := int(a.ports.Hi) - int(a.ports.Lo) + 1
-	if n <= 0 {
+	lo, last := int(a.ports.Lo), int(a.ports.Hi)-n+1 // where a run may begin
+	if n <= 0 || last < lo {
 		return netip.AddrPort{}, false
 	}
-	first := rand.IntN(n)
-	for i := range n {
-		port := a.ports.Lo + uint16((first+i)%n)
-		e := Endpoint{p, netip.AddrPortFrom(addr, port)}
+	busy := map[Endpoint]bool{} // the question costs a system call
+	free := func(port int) bool {
+		e := Endpoint{p, netip.AddrPortFrom(addr, uint16(port))}
 		if a.leased[e] {
+			return false
+		}
+		if _, rests := a.resting[e]; rests {
+			return false
+		}
+		if _, asked := busy[e]; !asked {
+			busy[e] = a.busy(e)
+		}
+		return !busy[e]
+	}
+	random := lo + rand.IntN(last-lo+1)
+	port, ok := firstRun(random, last, n, even, free)
+	if !ok {
+		port, ok = firstRun(lo, random-1, n, even, free)
+	}
+	if !ok {
+		return netip.AddrPort{}, false
+	}
+	at := netip.AddrPortFrom(addr, uint16(port))
+	a.take(p, at, n)
+	return at, true
+}
+
+// firstRun finds the first n free ports in a row that begin between from and
+// to.
+func firstRun(from, to, n int, even bool, free func(port int) bool) (int, bool) {
+	for port := from; port <= to; {
+		if even && port%2 != 0 {
+			port++
 			continue
+		}
+		length := 0
+		for length < n && free(port+length) {
+			length++
+		}
+		if length == n {
+			return port, true
+		}
+		port += length + 1
+	}
+	return 0, false
+}
+
+var (
+	// ErrLeased: the port is out at lease.
+	ErrLeased = errors.New("port is leased to another")
+	// ErrUnavailable: the port is used by something else on the gateway, rests
+	// after a former lease, or does not exist.
+	ErrUnavailable = errors.New("port is not available")
+)
+
+// LeaseExact takes n consecutive ports of an address from a given one on, also
+// outside of the allocator's range: who asks for a port by its number knows
+// why. On an error nothing is taken.
+func (a *Allocator) LeaseExact(p flow.Proto, at netip.AddrPort, n int) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.wake()
+	if n <= 0 || at.Port() == 0 || int(at.Port())+n-1 > 65535 {
+		return fmt.Errorf("%v and %d more: %w", at, n-1, ErrUnavailable)
+	}
+	for i := range n {
+		e := Endpoint{p, netip.AddrPortFrom(at.Addr(), at.Port()+uint16(i))}
+		if a.leased[e] {
+			return fmt.Errorf("%v: %w", e.Addr, ErrLeased)
 		}
 		if _, rests := a.resting[e]; rests || a.busy(e) {
-			continue
+			return fmt.Errorf("%v: %w", e.Addr, ErrUnavailable)
 		}
-		a.leased[e] = true
-		return e.Addr, true
 	}
-	return netip.AddrPort{}, false
+	a.take(p, at, n)
+	return nil
+}
+
+func (a *Allocator) take(p flow.Proto, at netip.AddrPort, n int) {
+	for i := range n {
+		a.leased[Endpoint{p, netip.AddrPortFrom(at.Addr(), at.Port()+uint16(i))}] = true
+	}
 }
 
 // Return gives a lease back; the port rests for Quarantine.

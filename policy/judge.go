@@ -15,18 +15,28 @@ const usualMembers = 16
 // one that some, but not all, of several filters of its rule apply to. What
 // the Verdict points to belongs to the Policy.
 func (p *Policy) Judge(q Question) Verdict {
-	src, dst := q.Src.Addr().WithZone(""), q.Dst.Addr().WithZone("")
-	if !src.IsValid() || !dst.IsValid() || src.Is4() != dst.Is4() {
+	if !q.oneFamily() {
 		return Verdict{Reason: ReasonDefault}
 	}
+	var buf [usualMembers]int32
+	return p.judge(q, p.ix.protocols.matching(buf[:0], q.Tuple))
+}
+
+func (q Question) oneFamily() bool {
+	src, dst := q.Src.Addr(), q.Dst.Addr()
+	return src.IsValid() && dst.IsValid() && src.Is4() == dst.Is4()
+}
+
+// judge decides about a flow that these definitions match.
+func (p *Policy) judge(q Question, protos []int32) Verdict {
+	src, dst := q.Src.Addr().WithZone(""), q.Dst.Addr().WithZone("")
 	ix := p.ix
-	var fromBuf, toBuf, protoBuf [usualMembers]int32
+	var fromBuf, toBuf [usualMembers]int32
 	from := ix.networksOf(fromBuf[:0], src, q.InIface)
 	to := append(toBuf[:0], gatewayNet)
 	if !q.ToGateway {
 		to = ix.networksOf(toBuf[:0], dst, q.OutIface)
 	}
-	protos := ix.protocols.matching(protoBuf[:0], q.Tuple)
 
 	var v Verdict
 	inside := false
@@ -49,22 +59,27 @@ func (p *Policy) Judge(q Question) Verdict {
 		}
 		return v
 	}
-	v.Rule = &p.rules[n]
 	v.Protocol = p.protocolOf(n, protos)
+	p.apply(&v, n, q, protos, inside)
+	return v
+}
+
+// apply makes the verdict of rule n.
+func (p *Policy) apply(v *Verdict, n int, q Question, protos []int32, inside bool) {
+	v.Rule = &p.rules[n]
 	if v.Rule.Action == Deny {
 		v.Reason = ReasonRule
 		v.Class = refusal(v.Rule.Refusal, inside && (!q.ToGateway || len(protos) > 0))
-		return v
+		return
 	}
 	v.Class = ClassKernel
 	if !q.Proto.HasPorts() || q.ToGateway {
-		return v
+		return
 	}
 	v.Filters = p.filtersOf(n, protos)
 	if v.Rule.NoKernelMode || len(v.Filters) > 0 {
 		v.Class = v.Rule.ask()
 	}
-	return v
 }
 
 // NetworksOf names the networks that a host belongs to: the defined ones in

@@ -144,6 +144,8 @@ const (
 	ReasonRule    Reason = "rule"    // a deny rule
 	ReasonDefault Reason = "default" // no rule matched
 	ReasonNetwork Reason = "network" // no network rule joins the two networks
+	// ReasonProtocol: there is no such protocol; from JudgeProtocol alone.
+	ReasonProtocol Reason = "protocol"
 )
 
 // Verdict is the answer to a Question.
