@@ -7,5 +7,5 @@ import (
 	"github.com/sluicegw/sluice/filters/probe"
 )
 
-// extra adds the filter that the black-box tests drive.
-func extra() []filterapi.Filter { return []filterapi.Filter{probe.New()} }
+// extra adds the filters that the black-box tests drive.
+func extra() []filterapi.Filter { return []filterapi.Filter{probe.New("probe"), probe.New("probe2")} }

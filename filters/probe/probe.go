@@ -4,10 +4,9 @@
 package probe
 
 import (
-	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -18,12 +17,18 @@ import (
 	"github.com/sluicegw/sluice/filterapi"
 )
 
-// socketVariable names the socket in the environment. Without it the filter
-// registers for nothing.
+// socketVariable names the socket of the first probe in the environment; the
+// name of a further one follows from it. Without it the filters register for
+// nothing.
 const socketVariable = "SLUICE_PROBE_SOCKET"
 
-// Filter is the probe. Safe for concurrent use.
+// Filter is one probe. Safe for concurrent use.
 type Filter struct {
+	name     string
+	path     string // of the socket; empty: nobody drives it
+	setup    setup
+	setupErr error
+	fw       filterapi.Firewall
 	log      *zap.Logger
 	listener net.Listener
 
@@ -31,61 +36,87 @@ type Filter struct {
 	answers  map[string]answer // by kind of event
 	counts   map[string]int
 	sessions map[uint64]filterapi.Session
+	attached map[uint64]*sessionFilter
 	conns    map[uint64]filterapi.Connection
 	ids      map[filterapi.Connection]uint64 // conns, the other way round
 	actions  map[uint64]filterapi.Action
+	sockets  map[uint64]socket
 	held     map[uint64]chan answer // by number of event
-	paused   map[filterapi.Connection]chan struct{}
+	controls map[filterapi.Connection]*control
 	tests    map[*test]bool
 	lastID   uint64
 }
 
-// answer is what an event gets.
-type answer struct{ do, chain, priority string }
-
-// test is one connection of a test.
-type test struct {
-	mu   sync.Mutex
-	json *json.Encoder
+// socket is one of the gateway's own that a test has asked for.
+type socket interface {
+	io.Closer
+	filterapi.Restrictable
 }
 
-func (t *test) send(v any) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	_ = t.json.Encode(v) // the test has gone
-}
-
-// New makes the probe filter.
-func New() filterapi.Filter {
-	return &Filter{
+// New makes a probe. name tells several ones apart: "probe" has the socket that
+// the environment names, any other one the same path with its own name for the
+// last element.
+func New(name string) *Filter {
+	f := &Filter{
+		name:    name,
 		answers: map[string]answer{}, counts: map[string]int{},
-		sessions: map[uint64]filterapi.Session{}, conns: map[uint64]filterapi.Connection{}, ids: map[filterapi.Connection]uint64{},
-		actions: map[uint64]filterapi.Action{}, held: map[uint64]chan answer{},
-		paused: map[filterapi.Connection]chan struct{}{}, tests: map[*test]bool{},
+		sessions: map[uint64]filterapi.Session{}, attached: map[uint64]*sessionFilter{},
+		conns: map[uint64]filterapi.Connection{}, ids: map[filterapi.Connection]uint64{},
+		actions: map[uint64]filterapi.Action{}, sockets: map[uint64]socket{},
+		held:     map[uint64]chan answer{},
+		controls: map[filterapi.Connection]*control{}, tests: map[*test]bool{},
 	}
+	f.path = socketOf(os.Getenv(socketVariable), name)
+	f.setup, f.setupErr = readSetup(f.path, name)
+	return f
 }
 
 // Name implements filterapi.Filter.
-func (f *Filter) Name() string { return "probe" }
+func (f *Filter) Name() string { return f.name }
 
-const all = filterapi.ConnectTCP | filterapi.UDPDestination | filterapi.BindTCP | filterapi.BindUDP |
-	filterapi.Listen | filterapi.Accepted | filterapi.Terminating
+// FailMode implements filterapi.FailModer.
+func (f *Filter) FailMode() filterapi.FailMode {
+	if f.setup.FailOpen {
+		return filterapi.FailOpen
+	}
+	return filterapi.FailClosed
+}
+
+// options are those of a rule.
+type options struct {
+	Text string `yaml:"text"`
+}
+
+// ParseOptions implements filterapi.OptionsParser.
+func (f *Filter) ParseOptions(decode func(into any) error) (any, error) {
+	var o options
+	err := decode(&o)
+	return o, err
+}
 
 // Init implements filterapi.Filter.
 func (f *Filter) Init(fw filterapi.Firewall) (filterapi.Events, error) {
-	f.log = fw.Logger()
-	path := os.Getenv(socketVariable)
-	if path == "" {
+	f.fw, f.log = fw, fw.Logger()
+	if f.path == "" {
 		return filterapi.Events{}, nil
 	}
-	_ = os.Remove(path) // of an earlier run
-	l, err := net.Listen("unix", path)
+	if f.setupErr != nil {
+		return filterapi.Events{}, f.setupErr
+	}
+	switch {
+	case f.setup.InitPanic:
+		panic("the test said: panic at the start")
+	case f.setup.InitError != "":
+		return filterapi.Events{}, errors.New(f.setup.InitError)
+	}
+	_ = os.Remove(f.path) // of an earlier run
+	l, err := net.Listen("unix", f.path)
 	if err != nil {
 		return filterapi.Events{}, fmt.Errorf("probe socket: %w", err)
 	}
 	f.listener = l
 	go f.serve()
-	return filterapi.Events{Types: all}, nil
+	return f.setup.Init.events(), nil
 }
 
 // Shutdown implements filterapi.Filter.
@@ -93,105 +124,31 @@ func (f *Filter) Shutdown() {
 	if f.listener != nil {
 		_ = f.listener.Close()
 	}
+	f.mu.Lock()
+	open := f.sockets
+	f.sockets = map[uint64]socket{}
+	f.mu.Unlock()
+	for _, s := range open {
+		_ = s.Close()
+	}
 }
 
 // AttachToSession implements filterapi.Filter.
 func (f *Filter) AttachToSession(s filterapi.Session) (filterapi.SessionFilter, filterapi.Events, error) {
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.sessions[s.ID()] = s
-	return &sessionFilter{f, s}, filterapi.Events{Types: all}, nil
-}
-
-type sessionFilter struct {
-	f *Filter
-	s filterapi.Session
-}
-
-// Detach implements filterapi.SessionFilter.
-func (s *sessionFilter) Detach() {
-	s.f.mu.Lock()
-	defer s.f.mu.Unlock()
-	delete(s.f.sessions, s.s.ID())
-}
-
-// HandleEvent implements filterapi.SessionFilter.
-func (s *sessionFilter) HandleEvent(ctx context.Context, ev filterapi.Event) error {
-	kind, conn, secondary, dst := describe(ev)
-	out := event{Kind: kind, Session: s.s.ID(), Secondary: secondary, Src: conn.Tuple().Src.String(), Dst: dst}
-	f := s.f
-	f.mu.Lock()
-	f.counts[kind]++
-	f.lastID++
-	out.Event = f.lastID
-	out.Conn = f.connID(conn)
-	a := f.answers[kind]
-	var wait chan answer
-	if a.do == "hold" {
-		wait = make(chan answer, 1)
-		f.held[out.Event] = wait
-	}
-	if kind == "Terminating" {
-		delete(f.conns, out.Conn)
-		delete(f.ids, conn)
-	}
+	sf := &sessionFilter{f, s}
+	f.sessions[s.ID()], f.attached[s.ID()] = s, sf
 	f.mu.Unlock()
-	f.push(out)
-	if wait != nil {
-		select {
-		case a = <-wait:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	return f.act(a, conn)
+	f.push(event{Event: f.next(), Kind: "Attach", Session: s.ID(), Src: s.ClientAddr().String()})
+	return sf, f.setup.Session.events(), nil
 }
 
-// act does to a connection what the test has set for its event.
-func (f *Filter) act(a answer, conn filterapi.Connection) error {
-	switch a.do {
-	case "deny":
-		return conn.Deny()
-	case "attach":
-		p, ok := priorities[a.priority]
-		if !ok {
-			p = filterapi.PriorityMiddle
-		}
-		return conn.AttachDataFilter(&dataFilter{f: f, tag: a.chain}, p)
-	case "fail":
-		return errors.New("the test said: fail")
-	case "panic":
-		panic("the test said: panic")
-	}
-	return nil
-}
-
-var priorities = map[string]filterapi.Priority{
-	"NAT": filterapi.PriorityNAT, "Internal": filterapi.PriorityInternal, "PostTrust": filterapi.PriorityPostTrust,
-	"Middle": filterapi.PriorityMiddle, "PreTrust": filterapi.PriorityPreTrust,
-	"External": filterapi.PriorityExternal, "Emulation": filterapi.PriorityEmulation,
-}
-
-func describe(ev filterapi.Event) (kind string, c filterapi.Connection, secondary bool, dst string) {
-	switch e := ev.(type) {
-	case *filterapi.ConnectEvent:
-		return "ConnectTCP", e.Connection, e.Secondary, e.Target.String()
-	case *filterapi.UDPDestinationEvent:
-		return "UDPDestination", e.Connection, e.Secondary, e.Peer.String()
-	case *filterapi.BindEvent:
-		kind = "BindUDP"
-		if e.TCP {
-			kind = "BindTCP"
-		}
-		return kind, e.Connection, e.Secondary, e.External.String()
-	case *filterapi.ListenEvent:
-		return "Listen", e.Connection, e.Secondary, e.External.String()
-	case *filterapi.AcceptEvent:
-		return "Accepted", e.Connection, e.Secondary, e.Local.String()
-	case *filterapi.TerminatingEvent:
-		return "Terminating", e.Connection, false, e.Connection.Tuple().Dst.String()
-	}
-	panic(fmt.Sprintf("unknown event %T", ev))
+// next gives a number that was not given before.
+func (f *Filter) next() uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.lastID++
+	return f.lastID
 }
 
 // connID gives a connection's number; f.mu is held.
@@ -204,26 +161,65 @@ func (f *Filter) connID(c filterapi.Connection) uint64 {
 	return f.lastID
 }
 
-// push sends an event to all tests.
-func (f *Filter) push(e event) {
+// numbered is connID for who does not hold the lock.
+func (f *Filter) numbered(c filterapi.Connection) uint64 {
 	f.mu.Lock()
-	tests := make([]*test, 0, len(f.tests))
-	for t := range f.tests {
-		tests = append(tests, t)
-	}
-	f.mu.Unlock()
-	for _, t := range tests {
-		t.send(e)
-	}
+	defer f.mu.Unlock()
+	return f.connID(c)
 }
 
-func parseAddrs(in []string) (out []netip.Addr, err error) {
+// forget drops a connection that has ended.
+func (f *Filter) forget(c filterapi.Connection) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.conns, f.ids[c])
+	delete(f.ids, c)
+	delete(f.controls, c)
+}
+
+// ipFilter reads sources: addresses and ranges LO-HI; "!" before one takes it
+// away again. nil is the filter that lets everybody in.
+func ipFilter(sources []string) (*filterapi.IPFilter, error) {
+	if sources == nil {
+		return nil, nil
+	}
+	out := filterapi.OnlyFrom()
+	for _, s := range sources {
+		change := out.IncludeRange
+		if s != "" && s[0] == '!' {
+			change, s = out.ExcludeRange, s[1:]
+		}
+		lo, hi, err := addressRange(s)
+		if err == nil {
+			err = change(lo, hi)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("source %q: %w", s, err)
+		}
+	}
+	return out, nil
+}
+
+func parseAddrPorts(in []string) ([]netip.AddrPort, error) {
+	var out []netip.AddrPort
 	for _, s := range in {
-		a, err := netip.ParseAddr(s)
+		a, err := addrPort(s)
 		if err != nil {
 			return nil, err
 		}
 		out = append(out, a)
 	}
 	return out, nil
+}
+
+// addrPort is netip.ParseAddrPort with the zero value for no text, and for an
+// address alone the port 0.
+func addrPort(s string) (netip.AddrPort, error) {
+	if s == "" {
+		return netip.AddrPort{}, nil
+	}
+	if a, err := netip.ParseAddr(s); err == nil {
+		return netip.AddrPortFrom(a, 0), nil
+	}
+	return netip.ParseAddrPort(s)
 }

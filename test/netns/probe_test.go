@@ -129,7 +129,7 @@ func TestB20BindForClient(t *testing.T) {
 		e := p.Await(5*time.Second, kindTo("ConnectTCP", primary))
 		r := p.Must("bind", lab.ProbeArgs{
 			Session: e.Session, Conn: e.Conn, Proto: "tcp",
-			Client: netip.AddrPortFrom(client, 4000).String(), Sources: []string{},
+			Clients: []string{netip.AddrPortFrom(client, 4000).String()}, Sources: []string{},
 		})
 		at := netip.MustParseAddrPort(r.Addr)
 		if err := briefly(l.Srv, at); !timedOut(err) {

@@ -1,44 +1,70 @@
 package lab
 
-import (
-	"bufio"
-	"context"
-	"encoding/json"
-	"fmt"
-	"net"
-	"path/filepath"
-	"sync"
-	"time"
-)
+import "encoding/json"
 
-// The probe filter is an application filter that does what a test says. It is
-// built into the gateway by the build tag "probe", is named "probe" in rules,
-// and listens on the Unix socket that SLUICE_PROBE_SOCKET names. The two sides
-// send JSON values, one a line:
+// Two application filters do what a test says. They are built into the gateway
+// by the build tag "probe" and are named "probe" and "probe2" in rules. The
+// first listens on the Unix socket that SLUICE_PROBE_SOCKET names, the second
+// beside it. The two sides send JSON values, one a line:
 //
 //	test -> probe    ProbeRequest
 //	probe -> test    ProbeReply for each request, in any order, by ID
 //	probe -> test    ProbeEvent whenever the gateway calls the filter
 //
-// A handler answers at once with what ops "on" has set for its kind of event
+// A handler answers at once with what op "on" has set for its kind of event
 // (pass, when nothing is set), unless that says hold: then it waits for the
 // op "answer" with the event's number. More than one test connection may be
 // open; each gets every event from its own beginning on.
 //
-// Ops, and the fields of Args that they read:
+// What an event can get, in "do"; several steps stand with commas between:
 //
-//	on       kind, do: what the next events of a kind get: pass | deny | hold |
-//	         attach | fail | panic; chain: what an attached data filter puts in
-//	         front of each direction's first bytes; priority: its class
-//	answer   event, do, chain, priority: for one event that is held
-//	future   session, conn (the primary), proto, targets, flags, timeout_ms -> actions
-//	bind     session, conn (the primary), proto, client, sources, flags, timeout_ms -> conn, addr
-//	filter   conn, sources: SetIPFilter
-//	kill     conn
-//	cancel   action
-//	pause    conn, on: the attached data filter stops reading
-//	count    kind -> count
-//	sessions -> sessions
+//	pass, fail, not-supported, panic, kill
+//	deny, deny-peer     Connection.Deny, Destination.Deny
+//	attach              AttachDataFilter: see below
+//	attach-peer         AttachDataFilterWithDestination: and peer
+//	buffer              SetBufferSize: buffer
+//	emulate             EmulateForConnect: as attach
+//	emulate-bind        EmulateForBind
+//	socket-name         SetSocketName: name
+//
+// A data filter has a chain (what it puts in front of each direction's first
+// bytes), a priority, and a mode: upper changes letters to capitals, echo sends
+// the client's own back, quiet reports no bytes.
+//
+// Ops, and the fields of Args that they read. Those that ask a session have
+// session; those that permit also conn (the primary; 0: none), proto, protocol,
+// flags, timeout_ms, notify (whether an Established event is wanted), context:
+//
+//	on              kind, do ...            answer   event, do ...
+//	count           kind -> count           sessions -> sessions
+//	client-session, private-session         local, user -> session
+//	close-session   session
+//	attach-filter   session, filter_name
+//	access          session, protocol, proto, remote: HostAccessCheck
+//	redirect        targets, external -> addr, actions
+//	future          targets, external -> actions
+//	bind            clients, external, sources -> conns, addrs; conn and addr are the first
+//	allow-bind      external, sources -> already
+//	factory         kind, external, do, chain, mode, priority, flags -> actions; do: none, fail, panic
+//	emulated-bind   local, external, on: InternalAddressTranslation -> conn, addr, flags
+//	cancel          action
+//	dial            session (0: the firewall's own), proto, local, remote, text -> addr, text
+//	listen          session (0: the firewall's own), proto, local, sources -> addr, socket: it echoes
+//	close-socket    socket                  restrict socket, sources
+//
+// and about a connection, conn:
+//
+//	kill, deny
+//	filter          sources: SetIPFilter
+//	scribble        changes the copy that IPFilter gives -> prefixes, before
+//	names           -> addr: ExternalName, text: ExternalPeer
+//	client-address  local                   increment   bytes
+//	socket-name     name
+//	emulate-connection  remote, local, chain, mode -> conn
+//	pause           on: the attached data filters stop reading
+//	release         the attached data filters give the flow back
+//	close, shutdown side: internal or external, on: abortive
+//	send            side, text, peer
 type ProbeRequest struct {
 	ID   uint64    `json:"id"`
 	Op   string    `json:"op"`
@@ -47,21 +73,37 @@ type ProbeRequest struct {
 
 // ProbeArgs are the arguments of all ops together.
 type ProbeArgs struct {
-	Kind      string   `json:"kind,omitempty"`
-	Do        string   `json:"do,omitempty"`
-	Event     uint64   `json:"event,omitempty"`
-	Chain     string   `json:"chain,omitempty"`
-	Priority  string   `json:"priority,omitempty"`
-	Session   uint64   `json:"session,omitempty"`
-	Conn      uint64   `json:"conn,omitempty"`
-	Action    uint64   `json:"action,omitempty"`
-	Proto     string   `json:"proto,omitempty"`
-	Client    string   `json:"client,omitempty"`
-	Targets   []string `json:"targets,omitempty"`
-	Sources   []string `json:"sources"` // null: everybody
-	Flags     []string `json:"flags,omitempty"`
-	TimeoutMS int64    `json:"timeout_ms,omitempty"`
-	On        bool     `json:"on,omitempty"`
+	Do         string   `json:"do,omitempty"`
+	Chain      string   `json:"chain,omitempty"`
+	Priority   string   `json:"priority,omitempty"`
+	Mode       string   `json:"mode,omitempty"`
+	Buffer     int      `json:"buffer,omitempty"`
+	Peer       string   `json:"peer,omitempty"`
+	Name       string   `json:"name,omitempty"`
+	Kind       string   `json:"kind,omitempty"`
+	Event      uint64   `json:"event,omitempty"`
+	Session    uint64   `json:"session,omitempty"`
+	Conn       uint64   `json:"conn,omitempty"`
+	Action     uint64   `json:"action,omitempty"`
+	Socket     uint64   `json:"socket,omitempty"`
+	Proto      string   `json:"proto,omitempty"`
+	Protocol   string   `json:"protocol,omitempty"`
+	Clients    []string `json:"clients,omitempty"`
+	Targets    []string `json:"targets,omitempty"`
+	External   string   `json:"external,omitempty"`
+	Remote     string   `json:"remote,omitempty"`
+	Local      string   `json:"local,omitempty"`
+	Sources    []string `json:"sources"` // null: everybody; "LO-HI" is a range, "!" takes away
+	Flags      []string `json:"flags,omitempty"`
+	TimeoutMS  int64    `json:"timeout_ms,omitempty"`
+	Notify     bool     `json:"notify,omitempty"`
+	Context    string   `json:"context,omitempty"`
+	On         bool     `json:"on,omitempty"`
+	Side       string   `json:"side,omitempty"`
+	Text       string   `json:"text,omitempty"`
+	User       string   `json:"user,omitempty"`
+	FilterName string   `json:"filter_name,omitempty"`
+	Bytes      uint64   `json:"bytes,omitempty"`
 }
 
 // ProbeReply answers a request. Error is the sentinel's name in filterapi
@@ -70,147 +112,91 @@ type ProbeReply struct {
 	ID       uint64         `json:"id"`
 	Error    string         `json:"error,omitempty"`
 	Addr     string         `json:"addr,omitempty"`
+	Addrs    []string       `json:"addrs,omitempty"`
 	Conn     uint64         `json:"conn,omitempty"`
+	Conns    []uint64       `json:"conns,omitempty"`
+	Session  uint64         `json:"session,omitempty"`
+	Socket   uint64         `json:"socket,omitempty"`
 	Actions  []uint64       `json:"actions,omitempty"`
 	Count    int            `json:"count,omitempty"`
+	Already  bool           `json:"already,omitempty"`
+	Text     string         `json:"text,omitempty"`
+	Flags    []string       `json:"flags,omitempty"`
+	Prefixes []string       `json:"prefixes,omitempty"`
 	Sessions []ProbeSession `json:"sessions,omitempty"`
 }
 
-// ProbeSession is a session as the filter sees it.
+// ProbeSession is a session as the filter sees it. Flags are NAT, Private,
+// Authenticated, Terminated.
 type ProbeSession struct {
-	ID     uint64 `json:"id"`
-	Client string `json:"client"`
+	ID     uint64   `json:"id"`
+	Client string   `json:"client"`
+	User   string   `json:"user"`
+	Flags  []string `json:"flags"`
 }
 
 // ProbeEvent is one call of the filter. Kind is the event's type in filterapi:
 // ConnectTCP, UDPDestination, BindTCP, BindUDP, Listen, Accepted, Established,
-// Terminating; or Bytes, for what passed the attached data filter.
+// Terminating; or Attach and Detach of a session; Did, for what became of an
+// answer other than pass; New, for a factory's call; Pump and PumpEnd, and
+// Bytes, for what passed the attached data filter.
 type ProbeEvent struct {
 	Event     uint64 `json:"event"` // numbers from 1; how a line is told from a reply
 	Kind      string `json:"kind"`
-	Session   uint64 `json:"session,omitempty"`
-	Conn      uint64 `json:"conn,omitempty"`
-	Secondary bool   `json:"secondary,omitempty"`
-	Src       string `json:"src,omitempty"`
-	Dst       string `json:"dst,omitempty"`
-	FromSide  string `json:"from_side,omitempty"` // of Bytes: internal or external
-	Data      []byte `json:"data,omitempty"`
+	Of        uint64 `json:"of"` // of Did: the event
+	Session   uint64 `json:"session"`
+	Conn      uint64 `json:"conn"`
+	Listener  uint64 `json:"listener"` // of Accepted: the bind
+	Secondary bool   `json:"secondary"`
+	Proto     string `json:"proto"`
+	Src       string `json:"src"`
+	Dst       string `json:"dst"`
+	Remote    string `json:"remote"` // of Accepted: the peer; of Bytes: a datagram's far address
+	Protocol  string `json:"protocol"`
+	Rule      string `json:"rule"`
+	Options   string `json:"options"`
+	Source    string `json:"source"`
+	Flags     uint8  `json:"flags"`
+	Name      string `json:"name"` // ExternalName and ExternalPeer, or their error
+	Peer      string `json:"peer"`
+	Context   string `json:"context"` // of Established
+	Client    string `json:"client"`  // by the connection's session
+	Error     string `json:"error"`
+	FromSide  string `json:"from_side"` // of Bytes: internal or external
+	Data      []byte `json:"data"`
 }
 
-// Probe is a test's connection to the probe filter.
-type Probe struct {
-	lab    *Lab
-	conn   net.Conn
-	mu     sync.Mutex
-	next   uint64
-	waits  map[uint64]chan ProbeReply
-	events []ProbeEvent
-	more   chan struct{}
+// ProbeSetup is how a probe begins. Without one the first hears of everything in
+// the protocols and rules that name it, the second of nothing.
+type ProbeSetup struct {
+	Init      ProbeEvents `json:"init"`    // what Init registers for
+	Session   ProbeEvents `json:"session"` // what AttachToSession replaces it by
+	InitError string      `json:"init_error,omitempty"`
+	InitPanic bool        `json:"init_panic,omitempty"`
+	FailOpen  bool        `json:"fail_open,omitempty"`
 }
 
-// Probe connects to the probe filter of the lab's gateway.
-func (l *Lab) Probe() *Probe {
+// ProbeEvents is a registration: kinds of events, and whether it is for flows of
+// any protocol and for secondary connections. Sources: Transparent, Explicit.
+type ProbeEvents struct {
+	Types     []string `json:"types"`
+	Any       bool     `json:"any"`
+	Secondary bool     `json:"secondary"`
+	Sources   []string `json:"sources,omitempty"`
+}
+
+// AllEvents are the kinds that a probe can be registered for.
+func AllEvents() []string {
+	return []string{"ConnectTCP", "UDPDestination", "BindTCP", "BindUDP", "Listen", "Accepted", "Terminating"}
+}
+
+// SetupProbe says how a probe is to begin; call it before the gateway starts.
+// name is probe or probe2.
+func (l *Lab) SetupProbe(name string, s ProbeSetup) {
 	l.T.Helper()
-	p := &Probe{lab: l, waits: map[uint64]chan ProbeReply{}, more: make(chan struct{})}
-	Eventually(l.T, 5*time.Second, "the probe filter listens", func() bool {
-		c, err := net.Dial("unix", filepath.Join(l.dir, "probe"))
-		p.conn = c
-		return err == nil
-	})
-	l.OnClose(func() { _ = p.conn.Close() })
-	go p.read()
-	p.Must("count", ProbeArgs{}) // answered: from here on events come
-	return p
-}
-
-func (p *Probe) read() {
-	lines := bufio.NewScanner(p.conn)
-	lines.Buffer(nil, 16<<20)
-	for lines.Scan() {
-		var e ProbeEvent
-		if json.Unmarshal(lines.Bytes(), &e) == nil && e.Event != 0 {
-			p.mu.Lock()
-			p.events = append(p.events, e)
-			close(p.more)
-			p.more = make(chan struct{})
-			p.mu.Unlock()
-			continue
-		}
-		var r ProbeReply
-		if json.Unmarshal(lines.Bytes(), &r) == nil {
-			p.mu.Lock()
-			if w := p.waits[r.ID]; w != nil {
-				w <- r
-				delete(p.waits, r.ID)
-			}
-			p.mu.Unlock()
-		}
-	}
-}
-
-// Ask sends a request and waits for its reply. A refusal is in the reply.
-func (p *Probe) Ask(op string, a ProbeArgs) ProbeReply {
-	p.lab.T.Helper()
-	answer := make(chan ProbeReply, 1)
-	p.mu.Lock()
-	p.next++
-	line, err := json.Marshal(ProbeRequest{ID: p.next, Op: op, Args: a})
-	p.waits[p.next] = answer
-	if err == nil {
-		_, err = p.conn.Write(append(line, '\n'))
-	}
-	p.mu.Unlock()
+	text, err := json.Marshal(s)
 	if err != nil {
-		p.lab.T.Fatalf("probe %s: %v", op, err)
+		l.T.Fatalf("lab: %v", err)
 	}
-	select {
-	case r := <-answer:
-		return r
-	case <-time.After(Patience(10 * time.Second)):
-		p.lab.T.Fatalf("probe %s: no reply", op)
-		panic("unreachable")
-	}
-}
-
-// Must is Ask that fails the test on a refusal.
-func (p *Probe) Must(op string, a ProbeArgs) ProbeReply {
-	p.lab.T.Helper()
-	r := p.Ask(op, a)
-	if r.Error != "" {
-		p.lab.T.Fatalf("probe %s: %s", op, r.Error)
-	}
-	return r
-}
-
-// Events are those so far that satisfy ok.
-func (p *Probe) Events(ok func(ProbeEvent) bool) []ProbeEvent {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	var some []ProbeEvent
-	for _, e := range p.events {
-		if ok(e) {
-			some = append(some, e)
-		}
-	}
-	return some
-}
-
-// Await waits for the first event that satisfies ok.
-func (p *Probe) Await(d time.Duration, ok func(ProbeEvent) bool) ProbeEvent {
-	p.lab.T.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), Patience(d))
-	defer cancel()
-	for {
-		p.mu.Lock()
-		more := p.more
-		p.mu.Unlock()
-		if found := p.Events(ok); len(found) > 0 {
-			return found[0]
-		}
-		select {
-		case <-more:
-		case <-ctx.Done():
-			p.lab.T.Fatal(fmt.Errorf("no such event of the probe filter: %w", ctx.Err()))
-		}
-	}
+	l.File(name+".json", string(text))
 }
