@@ -34,17 +34,25 @@ type connection struct {
 	perm      *permission // that let it in; nil: a primary connection
 	bind      *permission // of a bind object
 
+	internalTranslation bool // its server sees the gateway's own address
+
 	mu       sync.Mutex
 	handler  *registered         // the filter whose handler runs; nil: none
 	handling filterapi.EventMask // what it handles
 	denied   bool
 	killed   bool
 	links    []Link
+	peers    []remembered // of a bind: data filters for one peer each
+	number   uint64       // for remembered; 0: not asked for yet
 	buffer   int
+	emulated bool        // a filter plays the far end
+	emulator *registered // which
+	sent     uint64      // bytes that it says were sent
 	path     flow.Path
 	takeover *Takeover
 	name     netip.AddrPort // of the external side, once connected
 	peer     netip.AddrPort
+	named    bool // a filter has set name
 	ended    bool
 	hearers  []hearer
 	handles  []*connHandle
@@ -158,50 +166,6 @@ func (c *connection) heard() []hearer {
 	return c.hearers
 }
 
-// dropLinks takes a failed filter's data filters off again.
-func (c *connection) dropLinks(r *registered) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	kept := c.links[:0:0]
-	for _, l := range c.links {
-		if l.owner != r {
-			kept = append(kept, l)
-		}
-	}
-	c.links = kept
-}
-
-// attachDataFilter is AttachDataFilter, called by a filter.
-func (c *connection) attachDataFilter(r *registered, df filterapi.DataFilter, class filterapi.Priority) error {
-	if df == nil || class < filterapi.PriorityNAT || class > filterapi.PriorityEmulation {
-		return filterapi.ErrInvalidArgument
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.handler == nil || c.handler != r || c.bind != nil {
-		return filterapi.ErrBadContext
-	}
-	at := len(c.links)
-	for at > 0 && c.links[at-1].Priority > class {
-		at--
-	}
-	c.links = append(c.links, Link{})
-	copy(c.links[at+1:], c.links[at:])
-	c.links[at] = Link{Filter: df, Name: r.filter.Name(), Priority: class, owner: r}
-	return nil
-}
-
-// deny is Deny, called by a filter.
-func (c *connection) deny(r *registered) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.handler == nil || c.handler != r || c.handling == filterapi.Listen {
-		return filterapi.ErrBadContext
-	}
-	c.denied = true
-	return nil
-}
-
 // ExternalName implements filterapi.Connection.
 func (c *connection) ExternalName() (netip.AddrPort, error) {
 	c.mu.Lock()
@@ -242,23 +206,6 @@ func (c *connection) IPFilter() *filterapi.IPFilter {
 		return nil
 	}
 	return c.bind.ipFilter()
-}
-
-// maxBuffer bounds SetBufferSize, in bytes.
-const maxBuffer = 1 << 20
-
-// setBufferSize is SetBufferSize, called by a filter.
-func (c *connection) setBufferSize(r *registered, bytes int) error {
-	if bytes <= 0 || bytes > maxBuffer {
-		return filterapi.ErrInvalidArgument
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.handler == nil || c.handler != r {
-		return filterapi.ErrBadContext
-	}
-	c.buffer = bytes
-	return nil
 }
 
 // Kill implements filterapi.Connection.

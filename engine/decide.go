@@ -138,29 +138,31 @@ func (c *connection) inherit(primary *connection, perm *permission) {
 func (c *connection) about(r *registered, options any) filterapi.About {
 	return filterapi.About{
 		Connection: c.handle(r), Protocol: c.protocol, Rule: c.rule.Name,
-		Options: options, Secondary: c.secondary,
+		Options: options, Secondary: c.secondary, Source: c.session.source(),
 	}
 }
 
 // raise tells the filters of a flow that is about to be.
 func (e *Engine) raise(ctx context.Context, c *connection) error {
-	inbound := c.perm != nil && c.perm.inbound()
+	c.inheritLinks()
+	return e.raiseExcept(ctx, c, nil)
+}
+
+// raiseExcept does so but for one filter.
+func (e *Engine) raiseExcept(ctx context.Context, c *connection, except *registered) error {
+	t := c.tuple
 	switch {
-	case c.tuple.Proto == flow.TCP && inbound:
-		return e.notify(ctx, c, filterapi.Accepted, func(r *registered, a filterapi.About) filterapi.Event {
-			return &filterapi.AcceptEvent{About: a, Listener: c.perm.object.handle(r), Remote: c.tuple.Src, Local: c.tuple.Dst}
+	case t.Proto == flow.TCP && c.inbound():
+		return e.notifyExcept(ctx, c, filterapi.Accepted, except, func(r *registered, a filterapi.About) filterapi.Event {
+			return &filterapi.AcceptEvent{About: a, Listener: c.perm.object.handle(r), Remote: t.Src, Local: t.Dst}
 		})
-	case c.tuple.Proto == flow.TCP:
-		return e.notify(ctx, c, filterapi.ConnectTCP, func(_ *registered, a filterapi.About) filterapi.Event {
-			return &filterapi.ConnectEvent{About: a, Target: c.tuple.Dst}
+	case t.Proto == flow.TCP:
+		return e.notifyExcept(ctx, c, filterapi.ConnectTCP, except, func(_ *registered, a filterapi.About) filterapi.Event {
+			return &filterapi.ConnectEvent{About: a, Target: t.Dst}
 		})
-	case c.tuple.Proto == flow.UDP:
-		peer := c.tuple.Dst
-		if inbound {
-			peer = c.tuple.Src
-		}
-		return e.notify(ctx, c, filterapi.UDPDestination, func(_ *registered, a filterapi.About) filterapi.Event {
-			return &filterapi.UDPDestinationEvent{About: a, Peer: peer}
+	case t.Proto == flow.UDP:
+		return e.notifyExcept(ctx, c, filterapi.UDPDestination, except, func(r *registered, a filterapi.About) filterapi.Event {
+			return &filterapi.UDPDestinationEvent{About: a, Destination: destination{c, r}, Peer: c.far()}
 		})
 	}
 	return nil
@@ -175,23 +177,33 @@ func (e *Engine) refuse(c *connection, r refused) Decision {
 // takeOver makes what userpath needs to carry a flow.
 func (e *Engine) takeOver(c *connection) Decision {
 	t := &Takeover{Tuple: c.tuple, flow: c, kill: make(chan struct{})}
-	if c.perm != nil && c.perm.inbound() {
+	emulated, _ := c.state()
+	switch {
+	case c.inbound():
 		t.InitiatorExternal = true
-		t.Dial = Dial{Proto: c.tuple.Proto, Target: c.perm.Client, Source: c.tuple.Src, Transparent: true}
-	} else {
+		t.Dial = Dial{Proto: c.tuple.Proto, Target: c.perm.client(), Source: c.tuple.Src, Transparent: true}
+	case emulated:
+		t.Emulated = true
+	default:
 		t.Dial = e.upstream(c)
 	}
+	t.fill(c)
+	return Decision{Path: flow.User, Takeover: t}
+}
+
+// fill takes over what filters have asked for.
+func (t *Takeover) fill(c *connection) {
 	t.Chain = c.chain()
 	c.mu.Lock()
 	t.Buffer = c.buffer
 	c.mu.Unlock()
-	if t.Buffer == 0 {
+	switch {
+	case t.Buffer != 0:
+	case c.tuple.Proto == flow.UDP:
+		t.Buffer = filterapi.DefaultDatagramBuffer
+	default:
 		t.Buffer = filterapi.DefaultStreamBuffer
-		if c.tuple.Proto == flow.UDP {
-			t.Buffer = filterapi.DefaultDatagramBuffer
-		}
 	}
-	return Decision{Path: flow.User, Takeover: t}
 }
 
 // upstream says from where the gateway goes on to the server: hidden behind

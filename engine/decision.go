@@ -36,7 +36,9 @@ type Link struct {
 	Name     string // of the application filter, for the log
 	Priority filterapi.Priority
 
-	owner *registered
+	owner     *registered
+	peer      netip.AddrPort // if valid, it is for this peer's datagrams alone
+	inherited bool           // it was there before the flow's own event
 }
 
 // Takeover is a flow that user space carries: engine and userpath meet in it.

@@ -65,6 +65,14 @@ type registered struct {
 	log    *zap.Logger
 }
 
+// name is the filter's name; nil is the gateway itself.
+func (r *registered) name() string {
+	if r == nil {
+		return ""
+	}
+	return r.filter.Name()
+}
+
 // New makes an engine and initialises its filters. A filter that fails to
 // start is logged once and left out: its protocols are then handled by the
 // rules alone.

@@ -249,7 +249,7 @@ func TestLateHandlerIsRefusedAndCannotAttach(t *testing.T) {
 		t.Fatalf("path %v", d.Path)
 	}
 	close(gate)
-	if err := <-late; !errors.Is(err, filterapi.ErrBadContext) {
+	if err := <-late; !errors.Is(err, filterapi.ErrTerminating) {
 		t.Fatalf("attach after the deadline: %v", err)
 	}
 }

@@ -71,8 +71,16 @@ type eventFor func(r *registered, a filterapi.About) filterapi.Event
 // order of the configuration, and stops when one denies. It is the only place from which filters'
 // handlers are called for a flow that can still be refused.
 func (e *Engine) notify(ctx context.Context, c *connection, kind filterapi.EventMask, event eventFor) error {
+	return e.notifyExcept(ctx, c, kind, nil, event)
+}
+
+// notifyExcept is notify for all filters but one.
+func (e *Engine) notifyExcept(ctx context.Context, c *connection, kind filterapi.EventMask, except *registered, event eventFor) error {
 	var within context.Context
 	for _, r := range e.filters {
+		if r == except {
+			continue
+		}
 		if _, ok := bound(c.session.wants(r), kind, r.filter.Name(), c.uses, c.secondary); !ok {
 			continue
 		}
@@ -130,7 +138,7 @@ func (e *Engine) handle(ctx context.Context, c *connection, r *registered, kind 
 	if err != nil {
 		return err
 	}
-	options, ok := bound(a.wants(), kind, r.filter.Name(), c.uses, c.secondary)
+	options, ok := bound(c.session.scope(a.wants()), kind, r.filter.Name(), c.uses, c.secondary)
 	if !ok {
 		return nil
 	}

@@ -48,7 +48,8 @@ func TestMissedDeadlineFollowsTheFailMode(t *testing.T) {
 			}
 			time.Sleep(time.Hour)
 			synctest.Wait()
-			if !errors.Is(late, filterapi.ErrBadContext) {
+			wantLate := map[flow.Path]error{flow.Kernel: filterapi.ErrBadContext, flow.Reject: filterapi.ErrTerminating}[want]
+			if !errors.Is(late, wantLate) {
 				t.Errorf("attach after the deadline: %v", late)
 			}
 		})

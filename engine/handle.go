@@ -67,7 +67,7 @@ func (h *connHandle) AttachDataFilterWithDestination(df filterapi.DataFilter, p 
 }
 
 // Deny implements filterapi.Connection.
-func (h *connHandle) Deny() error { return h.c.deny(h.r) }
+func (h *connHandle) Deny() error { return h.c.deny(h.r, deniable) }
 
 // ExternalName implements filterapi.Connection.
 func (h *connHandle) ExternalName() (netip.AddrPort, error) { return h.c.ExternalName() }

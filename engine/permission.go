@@ -33,13 +33,14 @@ type permission struct {
 	inKernel inKernel   // under change
 	freed    bool       // the leased port was returned; under change
 
-	mu     sync.Mutex
-	state  permState
-	late   bool // void a moment ago: the kernel's word of earlier flows counts
-	flows  int  // living flows that it let in
-	filter *filterapi.IPFilter
-	timer  *time.Timer
-	expiry time.Time // zero: none
+	mu       sync.Mutex
+	state    permState
+	late     bool // void a moment ago: the kernel's word of earlier flows counts
+	flows    int  // living flows that it let in
+	filter   *filterapi.IPFilter
+	emulated bool // of a bind that a filter emulates: nothing is opened
+	timer    *time.Timer
+	expiry   time.Time // zero: none
 
 	counted bool // against the client's quota; under permissions.mu
 }
@@ -76,13 +77,16 @@ func (p *permission) admits(src netip.Addr, late bool) bool {
 	if late {
 		return p.state != permVoid || p.late
 	}
-	return p.state == permWaiting && (!p.inbound() || p.filter.Includes(src))
+	return p.state == permWaiting && !p.emulated && (!p.inbound() || p.filter.Includes(src))
 }
 
 // wanted is what the kernel is to hold, and the permission in that form. p.mu
 // is held.
 func (p *permission) wanted() (inKernel, nat.Permission) {
 	out := p.Permission
+	if p.emulated {
+		return holdsNothing, out
+	}
 	if p.state == permWaiting && (!p.inbound() || p.AnySource || len(p.Sources) > 0) {
 		return holdsOpening, out
 	}

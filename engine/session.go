@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+	"time"
 
 	"github.com/sluicegw/sluice/filterapi"
 )
@@ -17,11 +18,16 @@ type session struct {
 	id   uint64
 	addr netip.Addr
 
+	private bool   // a filter made it, for a client that asked the filter
+	user    string // of a private one
+	start   time.Time
+
 	mu       sync.Mutex
 	refs     int
 	ended    bool
 	attached map[*registered]*attachment
 	handles  []*sessionHandle
+	peers    map[peerKey][]remembered // data filters for peers of the client's sockets
 
 	perms map[*permission]struct{} // under permissions.mu
 }
@@ -202,9 +208,35 @@ func (s *session) wants(r *registered) filterapi.Events {
 	a := s.attached[r]
 	s.mu.Unlock()
 	if a == nil || !a.done() || a.err != nil {
-		return r.events
+		return s.scope(r.events)
 	}
-	return a.wants()
+	return s.scope(a.wants())
+}
+
+// source is where the session's flows come from.
+func (s *session) source() filterapi.Sources {
+	if s.private {
+		return filterapi.Explicit
+	}
+	return filterapi.Transparent
+}
+
+// scope is what of a registration concerns the session.
+func (s *session) scope(ev filterapi.Events) filterapi.Events {
+	if ev.Sources != 0 && ev.Sources&s.source() == 0 {
+		return filterapi.Events{}
+	}
+	return ev
+}
+
+// attachedTo is a filter's part in the session; nil: it has none.
+func (s *session) attachedTo(r *registered) *attachment {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if a := s.attached[r]; a != nil && a.done() && a.err == nil && a.filter != nil {
+		return a
+	}
+	return nil
 }
 
 // wants is the registration of a filter that has attached.

@@ -23,21 +23,13 @@ func (o ownHandle) Pump(ctx context.Context, _ filterapi.Connection, internal, e
 	return o.DataFilter.Pump(ctx, o.conn, internal, external)
 }
 
-// chain is the data filters of the flow as userpath gets them.
-func (c *connection) chain() []Link {
-	c.mu.Lock()
-	links := append([]Link(nil), c.links...)
-	c.mu.Unlock()
-	for i, l := range links {
-		links[i].Filter = ownHandle{l.Filter, c.handle(l.owner)}
-	}
-	return links
-}
-
 // Connected tells the engine that the upstream leg stands. name is the
 // gateway's end of it, peer the far one.
 func (t *Takeover) Connected(name, peer netip.AddrPort) {
 	c := t.flow
+	if t.Emulated {
+		return // there is none; what a filter says it is stays
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if t.InitiatorExternal {
@@ -65,9 +57,14 @@ func (t *Takeover) Ended(counts flow.Counts, r flow.Result, reason string) {
 	c := t.flow
 	end := flow.End{Tuple: c.tuple, Path: flow.User, Start: c.start, Counts: counts, Result: r, Reason: reason}
 	c.mu.Lock()
+	if c.emulated {
+		// What passed between the client and a filter went nowhere; the filter
+		// says what did.
+		end.Counts = flow.Counts{OutBytes: c.sent}
+	}
 	if t.InitiatorExternal {
 		end.Translation.Dst = t.Dial.Target
-	} else if c.name.IsValid() && c.name.Addr() != c.tuple.Src.Addr() {
+	} else if !c.emulated && c.name.IsValid() && c.name.Addr() != c.tuple.Src.Addr() {
 		end.Translation.Src = c.name
 	}
 	c.mu.Unlock()

@@ -30,20 +30,7 @@ func (s *session) emulateClientBind(filterapi.EmulatedBind) (*connection, error)
 	return nil, filterapi.ErrNotSupported
 }
 
-func (c *connection) Flags() filterapi.ConnectionFlags { return 0 }
-func (c *connection) attachWithDestination(*registered, filterapi.DataFilter, filterapi.Priority, netip.AddrPort) error {
-	return filterapi.ErrNotSupported
-}
 func (c *connection) SetClientAddress(netip.AddrPort) error { return filterapi.ErrNotSupported }
-func (c *connection) emulateForConnect(*registered, filterapi.DataFilter) error {
-	return filterapi.ErrNotSupported
-}
-func (c *connection) emulateForBind(*registered) error { return filterapi.ErrNotSupported }
-func (c *connection) emulateConnection(*registered, filterapi.DataFilter, netip.AddrPort, netip.AddrPort) (*connection, error) {
-	return nil, filterapi.ErrNotSupported
-}
-func (c *connection) IncrementBytesSent(uint64) error    { return filterapi.ErrNotSupported }
-func (c *connection) SetSocketName(netip.AddrPort) error { return filterapi.ErrNotSupported }
 
 type network struct{}
 

@@ -1,0 +1,268 @@
+package engine
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/flow"
+)
+
+// attachable and deniable are the events whose handlers may put a data filter
+// on the connection, or refuse it.
+const (
+	attachable = filterapi.ConnectTCP | filterapi.UDPDestination | filterapi.Accepted | filterapi.BindUDP
+	deniable   = attachable | filterapi.BindTCP
+)
+
+// handledBy says whether a filter's own handler of one of these events runs
+// for the connection. c.mu is held.
+func (c *connection) handledBy(r *registered, kinds filterapi.EventMask) bool {
+	return r != nil && c.handler == r && c.handling&kinds != 0
+}
+
+func knownPriority(p filterapi.Priority) bool {
+	return p >= filterapi.PriorityNAT && p <= filterapi.PriorityEmulation
+}
+
+// attachDataFilter is AttachDataFilter, called by a filter. What is put on a
+// bind is put on the flow of each peer that it lets in.
+func (c *connection) attachDataFilter(r *registered, df filterapi.DataFilter, class filterapi.Priority) error {
+	if df == nil || !knownPriority(class) {
+		return filterapi.ErrInvalidArgument
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.mayAttach(r, attachable, class); err != nil {
+		return err
+	}
+	c.link(Link{Filter: df, Name: r.filter.Name(), Priority: class, owner: r})
+	return nil
+}
+
+// mayAttach says what speaks against a data filter. c.mu is held.
+func (c *connection) mayAttach(r *registered, kinds filterapi.EventMask, class filterapi.Priority) error {
+	switch {
+	case c.ended || c.killed:
+		return filterapi.ErrTerminating
+	case !c.handledBy(r, kinds):
+		return filterapi.ErrBadContext
+	case class == filterapi.PriorityEmulation && c.emulated:
+		return filterapi.ErrAlreadyEmulated
+	}
+	return nil
+}
+
+// link puts a data filter in its place in the chain. One on a bind has the
+// bind's flows come to user space. c.mu is held.
+func (c *connection) link(l Link) {
+	at := len(c.links)
+	for at > 0 && c.links[at-1].Priority > l.Priority {
+		at--
+	}
+	c.links = slices.Insert(c.links, at, l)
+	if p := c.bind; p != nil {
+		p.mu.Lock()
+		p.ToUser = true
+		p.mu.Unlock()
+	}
+}
+
+// dropLinks takes off again what a failed filter has put on.
+func (c *connection) dropLinks(r *registered) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	kept := c.links[:0:0]
+	for _, l := range c.links {
+		if l.owner != r {
+			kept = append(kept, l)
+		}
+	}
+	c.links = kept
+	if c.emulated && c.emulator == r {
+		c.setEmulated(nil, false)
+	}
+}
+
+// chain is the data filters of a flow as userpath gets them.
+func (c *connection) chain() []Link {
+	c.mu.Lock()
+	links := slices.Clone(c.links)
+	c.mu.Unlock()
+	for i, l := range links {
+		links[i].Filter = ownHandle{l.Filter, c.handle(l.owner)}
+	}
+	return links
+}
+
+// deny is Deny, called by a filter, for the connection or for a destination.
+func (c *connection) deny(r *registered, kinds filterapi.EventMask) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.handledBy(r, kinds) {
+		return filterapi.ErrBadContext
+	}
+	c.denied = true
+	return nil
+}
+
+// destination is the peer of a UDPDestinationEvent, for one filter. It
+// implements filterapi.Destination.
+type destination struct {
+	c *connection
+	r *registered
+}
+
+// Deny implements filterapi.Destination.
+func (d destination) Deny() error { return d.c.deny(d.r, filterapi.UDPDestination) }
+
+// maxBuffer bounds SetBufferSize, in bytes.
+const maxBuffer = 1 << 20
+
+// setBufferSize is SetBufferSize, called by a filter.
+func (c *connection) setBufferSize(r *registered, bytes int) error {
+	if bytes <= 0 || bytes > maxBuffer {
+		return filterapi.ErrInvalidArgument
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.handledBy(r, deniable|filterapi.Listen) {
+		return filterapi.ErrBadContext
+	}
+	c.buffer = bytes
+	return nil
+}
+
+// peer is the far end of a flow, seen from the client.
+func (c *connection) far() netip.AddrPort {
+	if c.inbound() {
+		return c.tuple.Src
+	}
+	return c.tuple.Dst
+}
+
+// inbound says whether a permission let the flow in towards the client.
+func (c *connection) inbound() bool { return c.perm != nil && c.perm.inbound() }
+
+// maxRemembered bounds the data filters that one session remembers for peers.
+const maxRemembered = 256
+
+// peerKey names a peer of a client's UDP socket.
+type peerKey struct{ socket, peer netip.AddrPort }
+
+// remembered is a data filter for one peer, which is there again when the peer
+// comes back. by is the number of the connection in whose event it was
+// attached: in another one's the filter replaces it.
+type remembered struct {
+	link Link
+	by   uint64
+}
+
+// attachWithDestination is AttachDataFilterWithDestination, called by a
+// filter.
+func (c *connection) attachWithDestination(r *registered, df filterapi.DataFilter, class filterapi.Priority, peer netip.AddrPort) error {
+	if df == nil || !knownPriority(class) || c.tuple.Proto != flow.UDP ||
+		peer.Port() == 0 || !peer.Addr().IsValid() || peer.Addr().Is4() != c.tuple.Dst.Addr().Is4() {
+		return filterapi.ErrInvalidArgument
+	}
+	l := Link{Filter: df, Name: r.name(), Priority: class, owner: r, peer: peer}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.mayAttach(r, filterapi.UDPDestination|filterapi.BindUDP, class); err != nil {
+		return err
+	}
+	if c.bind != nil {
+		c.link(l)
+		return nil
+	}
+	if c.number == 0 {
+		c.number = c.e.nextID()
+	}
+	keep := remembered{l, c.number}
+	var kept bool
+	if c.inbound() {
+		kept = c.perm.object.remember(keep)
+	} else {
+		kept = c.session.remember(peerKey{c.tuple.Src, peer}, keep)
+	}
+	if !kept {
+		return filterapi.ErrQuota
+	}
+	if peer == c.far() {
+		c.links = slices.DeleteFunc(c.links, func(x Link) bool { return x.inherited && x.owner == r && x.peer == peer })
+		c.link(l)
+	}
+	return nil
+}
+
+// remember keeps a data filter for a peer of a client's socket; false: too
+// many are kept.
+func (s *session) remember(k peerKey, m remembered) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.peers == nil {
+		s.peers = make(map[peerKey][]remembered)
+	}
+	if len(s.peers) >= maxRemembered && s.peers[k] == nil {
+		return false
+	}
+	s.peers[k] = replace(s.peers[k], m)
+	return true
+}
+
+// remember keeps a data filter for a peer of a bind.
+func (c *connection) remember(m remembered) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.peers) >= maxRemembered {
+		return false
+	}
+	c.peers = replace(c.peers, m)
+	return true
+}
+
+func replace(in []remembered, m remembered) []remembered {
+	out := slices.DeleteFunc(slices.Clone(in), func(x remembered) bool {
+		return x.link.owner == m.link.owner && x.link.peer == m.link.peer && x.by != m.by
+	})
+	return append(out, m)
+}
+
+// inheritLinks puts on a UDP flow what stands ready for its peer: on the bind
+// that let it in, or remembered for the client's socket.
+func (c *connection) inheritLinks() {
+	if c.tuple.Proto != flow.UDP {
+		return
+	}
+	far := c.far()
+	var ready []Link
+	add := func(l Link) {
+		if !l.peer.IsValid() || l.peer == far {
+			l.inherited = true
+			ready = append(ready, l)
+		}
+	}
+	if c.inbound() {
+		b := c.perm.object
+		b.mu.Lock()
+		for _, l := range b.links {
+			add(l)
+		}
+		for _, m := range b.peers {
+			add(m.link)
+		}
+		c.buffer = b.buffer
+		b.mu.Unlock()
+	} else {
+		c.session.mu.Lock()
+		for _, m := range c.session.peers[peerKey{c.tuple.Src, far}] {
+			add(m.link)
+		}
+		c.session.mu.Unlock()
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, l := range ready {
+		c.link(l)
+	}
+}

@@ -1,0 +1,218 @@
+package engine
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/flow"
+)
+
+// setEmulated says who plays the far end, or the gateway's end of a bind.
+// c.mu is held.
+func (c *connection) setEmulated(r *registered, on bool) {
+	c.emulated, c.emulator = on, r
+	if p := c.bind; p != nil {
+		p.mu.Lock()
+		p.emulated = on
+		p.mu.Unlock()
+	}
+}
+
+// emulateForConnect is EmulateForConnect, called by a filter. The filter's
+// place in the chain is behind all others.
+func (c *connection) emulateForConnect(r *registered, df filterapi.DataFilter) error {
+	if df == nil {
+		return filterapi.ErrInvalidArgument
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.ended || c.killed:
+		return filterapi.ErrTerminating
+	case c.inbound() || !c.handledBy(r, filterapi.ConnectTCP|filterapi.UDPDestination):
+		return filterapi.ErrBadContext
+	case c.emulated:
+		return filterapi.ErrAlreadyEmulated
+	}
+	c.link(Link{Filter: df, Name: r.filter.Name(), Priority: filterapi.PriorityEmulation, owner: r})
+	c.setEmulated(r, true)
+	return nil
+}
+
+// emulateForBind is EmulateForBind, called by a filter. Nothing is opened for
+// the bind from then on.
+func (c *connection) emulateForBind(r *registered) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.ended:
+		return filterapi.ErrTerminating
+	case !c.handledBy(r, filterapi.BindTCP|filterapi.BindUDP):
+		return filterapi.ErrBadContext
+	case c.emulated:
+		return filterapi.ErrAlreadyEmulated
+	}
+	c.setEmulated(r, true)
+	return nil
+}
+
+// state gives what the calls on emulated connections ask first.
+func (c *connection) state() (emulated, ended bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.emulated, c.ended
+}
+
+// originateWithin bounds the dial to the client.
+const originateWithin = 30 * time.Second
+
+// emulateConnection is EmulateConnection, called by a filter: a flow that
+// nobody on the network has begun is made and carried to the client. Filters
+// that watch accepted connections hear of it, but for the one that makes it.
+func (c *connection) emulateConnection(r *registered, df filterapi.DataFilter, remote, local netip.AddrPort) (*connection, error) {
+	emulated, ended := c.state()
+	switch {
+	case c.bind == nil || !emulated:
+		return nil, fmt.Errorf("emulate connection: %w", filterapi.ErrNotEmulated)
+	case ended:
+		return nil, fmt.Errorf("emulate connection: %w", filterapi.ErrTerminating)
+	}
+	if !local.IsValid() {
+		local = c.bind.client()
+	}
+	if df == nil || !endpoint(remote, c.session.addr) || !endpoint(local, c.session.addr) {
+		return nil, fmt.Errorf("emulate connection from %v to %v: %w", remote, local, filterapi.ErrInvalidArgument)
+	}
+	if c.e.user == nil {
+		return nil, fmt.Errorf("emulate connection: %w", filterapi.ErrNotSupported)
+	}
+	made, err := c.accept(r, df, remote)
+	if err != nil {
+		return nil, fmt.Errorf("emulate connection from %v: %w", remote, err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), originateWithin)
+	defer cancel()
+	if err := made.originate(ctx, local); err != nil {
+		return nil, fmt.Errorf("emulate connection from %v to %v: %w", remote, local, err)
+	}
+	return made, nil
+}
+
+// endpoint says whether an address can be one end of a flow of the client.
+func endpoint(a netip.AddrPort, client netip.Addr) bool {
+	x := a.Addr()
+	return x.IsValid() && a.Port() != 0 && x.Is4() == client.Is4() && x.Zone() == "" && !x.Is4In6() &&
+		!x.IsUnspecified() && !x.IsMulticast()
+}
+
+// accept makes the flow that came to an emulated bind. On error it has ended.
+func (c *connection) accept(r *registered, df filterapi.DataFilter, remote netip.AddrPort) (*connection, error) {
+	p := c.bind
+	if !c.session.ref() {
+		return nil, filterapi.ErrTerminating
+	}
+	if !c.e.useEmulated(p) {
+		c.e.release(c.session)
+		return nil, filterapi.ErrTerminating
+	}
+	name, _ := c.ExternalName() // a bind has one
+	made := &connection{
+		e: c.e, session: c.session, held: true, start: c.e.now(),
+		tuple: flow.Tuple{Proto: p.Proto, Src: remote, Dst: p.External},
+		name:  name, peer: remote,
+		internalTranslation: c.internalTranslation,
+	}
+	made.inherit(p.primary, p)
+	made.mu.Lock()
+	made.link(Link{Filter: df, Name: r.name(), Priority: filterapi.PriorityEmulation, owner: r})
+	made.setEmulated(r, true)
+	made.mu.Unlock()
+	if a := c.session.attachedTo(r); a != nil {
+		made.told(r, a)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), bindDeadline)
+	defer cancel()
+	if err := c.e.raiseExcept(ctx, made, r); err != nil {
+		c.e.refuse(made, refused{flow.Drop, flow.Denied, err.Error()})
+		return nil, fmt.Errorf("%w: %w", filterapi.ErrPolicyDenied, err)
+	}
+	return made, nil
+}
+
+// originate carries a flow to the client that has no first packet.
+func (c *connection) originate(ctx context.Context, local netip.AddrPort) error {
+	t := &Takeover{Tuple: c.tuple, flow: c, kill: make(chan struct{}), Emulated: true, InitiatorExternal: true}
+	t.Dial = Dial{Proto: c.tuple.Proto, Target: local, Source: c.tuple.Src, Transparent: true}
+	t.fill(c)
+	if !c.commit(Decision{Path: flow.User, Takeover: t}) {
+		c.e.refuse(c, refused{flow.Drop, flow.CutByPolicy, "killed"})
+		return filterapi.ErrTerminating
+	}
+	c.e.begin(c)
+	return c.e.user.Originate(ctx, t)
+}
+
+// useEmulated counts a flow of an emulated bind; false: it takes no more.
+func (e *Engine) useEmulated(p *permission) bool {
+	p.mu.Lock()
+	if p.state != permWaiting {
+		p.mu.Unlock()
+		return false
+	}
+	p.flows++
+	usedUp := !p.Multiple && p.endLocked(permUsed)
+	p.mu.Unlock()
+	if usedUp {
+		e.perms.discharge(p)
+		e.closeObject(p)
+	}
+	return true
+}
+
+// client is where the flows of a bind are sent to.
+func (p *permission) client() netip.AddrPort {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.Client
+}
+
+// IncrementBytesSent adds to what the log says was sent.
+func (c *connection) IncrementBytesSent(n uint64) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case !c.emulated || c.bind != nil:
+		return filterapi.ErrNotEmulated
+	case c.ended:
+		return filterapi.ErrTerminating
+	}
+	c.sent += n
+	return nil
+}
+
+// SetSocketName says which address the binder is told.
+func (c *connection) SetSocketName(a netip.AddrPort) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.bind == nil || !c.emulated:
+		return filterapi.ErrNotEmulated
+	case !a.Addr().IsValid() || a.Port() == 0:
+		return filterapi.ErrInvalidArgument
+	case c.named:
+		return filterapi.ErrAlreadyExists
+	}
+	c.name, c.named = a, true
+	return nil
+}
+
+// Flags tells what is special about the connection.
+func (c *connection) Flags() filterapi.ConnectionFlags {
+	if c.internalTranslation {
+		return filterapi.InternalAddressTranslation
+	}
+	return 0
+}
