@@ -57,7 +57,10 @@ const DefaultMask = 0x0f000000
 //	mask      c p p p      p p p = the Path
 //	          |            c     = cut; in the conntrack mark only
 //
-// All bits outside the mask are other people's and are kept.
+// One value of the conntrack mark stands for itself, because a living flow is
+// never refused: the cut bit with the path Reject is a kernel flow that passes
+// one way only (see OneWay). All bits outside the mask are other people's and
+// are kept.
 type Marks struct {
 	shift uint
 }
@@ -86,8 +89,24 @@ func (m Marks) Value(p Path) uint32 { return uint32(p) << m.shift }
 // Put writes a path into a mark and keeps the bits of others.
 func (m Marks) Put(mark uint32, p Path) uint32 { return mark&^m.Mask() | m.Value(p) }
 
-// Path reads the path out of a mark.
-func (m Marks) Path(mark uint32) Path { return Path(mark >> m.shift & 7) }
+// OneWay is the conntrack mark of a kernel flow whose answers are dropped, with
+// nobody else's bits.
+func (m Marks) OneWay() uint32 { return m.Cut() | m.Value(Reject) }
 
-// IsCut says whether a conntrack mark has the cut bit.
-func (m Marks) IsCut(mark uint32) bool { return mark&m.Cut() != 0 }
+// IsOneWay says whether a conntrack mark is that of such a flow.
+func (m Marks) IsOneWay(mark uint32) bool { return mark&m.Mask() == m.OneWay() }
+
+// Path reads the path out of a mark.
+func (m Marks) Path(mark uint32) Path {
+	if m.IsOneWay(mark) {
+		return Kernel
+	}
+	return Path(mark >> m.shift & 7)
+}
+
+// CutValue is the conntrack mark of a flow of a path that was cut, with nobody
+// else's bits.
+func (m Marks) CutValue(p Path) uint32 { return m.Cut() | m.Value(p) }
+
+// IsCut says whether a conntrack mark is that of a flow that was cut.
+func (m Marks) IsCut(mark uint32) bool { return mark&m.Cut() != 0 && !m.IsOneWay(mark) }

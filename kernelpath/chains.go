@@ -66,21 +66,30 @@ type Input struct {
 // The chains that several others go to. A verdict map that survives a reload
 // names some of them, so that they are in every ruleset.
 const (
-	chainUse         = "use"          // a permission lets the flow in
-	chainListed      = "listed"       // one of several sources of a single-use permission
-	chainAsk         = "ask"          // the queue that fails closed
-	chainAskOpen     = "ask_open"     // the queue that fails open
-	chainCarryFirst  = "carry_first"  // a new kernel flow
-	chainTakeFirst   = "take_first"   // a new user flow
-	chainDivert      = "divert"       // packets of a user flow
-	chainLocalOwn    = "local_own"    // answers to the gateway's upstream legs
-	chainCarry       = "carry"        // packets of a kernel flow
-	chainRefuse      = "refuse"       // a denial that is told
-	chainDiscard     = "discard"      // a denial that is not told
-	chainCut         = "cut"          // a living flow that was ended
-	chainNotSyn      = "not_syn"      // TCP that begins in the middle
-	chainReversePath = "reverse_path" // sources that cannot be where they came from
-	chainPermit      = "permit"       // the permissions
+	chainUse          = "use"            // a permission lets the flow in
+	chainUseOneWay    = "use_one_way"    // the same, without its answers
+	chainUseLocal     = "use_local"      // a permission lets the flow in to the gateway itself
+	chainListed       = "listed"         // one of several sources of a single-use permission
+	chainListedOneWay = "listed_one_way" // the same, for use_one_way
+	chainListedLocal  = "listed_local"   // the same, for use_local
+	chainWide         = "wide"           // sources that are ranges
+	chainOneWay       = "one_way"        // packets of a kernel flow without answers
+	chainUnwanted     = "unwanted"       // what the gateway itself does not take
+	chainAsk          = "ask"            // the queue that fails closed
+	chainAskOpen      = "ask_open"       // the queue that fails open
+	chainCarryFirst   = "carry_first"    // a new kernel flow
+	chainTakeFirst    = "take_first"     // a new user flow
+	chainDivert       = "divert"         // packets of a user flow
+	chainLocalOwn     = "local_own"      // answers to the gateway's upstream legs
+	chainCarry        = "carry"          // packets of a kernel flow
+	chainRefuse       = "refuse"         // a denial that is told
+	chainBound        = "bound"          // a new kernel flow before it is routed
+	chainHide         = "hide"           // a new kernel flow that leaves
+	chainDiscard      = "discard"        // a denial that is not told
+	chainCut          = "cut"            // a living flow that was ended
+	chainNotSyn       = "not_syn"        // TCP that begins in the middle
+	chainReversePath  = "reverse_path"   // sources that cannot be where they came from
+	chainPermit       = "permit"         // the permissions
 )
 
 // counterNames are the named counters. They outlive a reload.
@@ -213,5 +222,6 @@ func checkInterface(name string) error {
 	return nil
 }
 
-// anySize is the size of the sets that rules change: nft wants a bound.
-const anySize = 65535
+// anySize is the size of the sets that rules change: nft wants a bound. Memory
+// is used for the elements alone.
+const anySize = 1 << 20

@@ -1,8 +1,6 @@
 package kernelpath
 
 import (
-	"github.com/google/nftables"
-
 	"github.com/sluicegw/sluice/flow"
 )
 
@@ -18,42 +16,10 @@ const (
 	prioritySrcNAT = 100
 )
 
-// Names of the permission sets of a family; see permissions.go for what goes
-// where. Their keys are source . destination . protocol . port, with "any"
-// and "token" without the source.
-func setOnce(f family) string      { return "once" + f.suffix }
-func setPermit(f family) string    { return "permit" + f.suffix }
-func setOnceAny(f family) string   { return "once_any" + f.suffix }
-func setPermitAny(f family) string { return "permit_any" + f.suffix }
-func setToken(f family) string     { return "token" + f.suffix }
-
-const mapBind = "bind4"
-
-// permissionSets are the sets that move while traffic flows.
-func (b *builder) permissionSets() {
-	verdicts := []nftables.SetDatatype{nftables.TypeVerdict}
-	for _, f := range []family{ipv4, ipv6} {
-		for _, s := range []*set{
-			{name: setOnce(f), key: fieldTypes(f.tuple()), dynamic: true, size: anySize},
-			{name: setPermit(f), key: fieldTypes(f.tuple()), data: verdicts},
-			{name: setOnceAny(f), key: fieldTypes(f.socket()), dynamic: true, size: anySize},
-			{name: setPermitAny(f), key: fieldTypes(f.socket()), data: verdicts},
-			{name: setToken(f), key: fieldTypes(f.socket()), dynamic: true, size: anySize},
-		} {
-			s.lasting, s.timeout = true, true
-			b.set(s)
-		}
-	}
-	b.set(&set{
-		name: mapBind, key: fieldTypes(ipv4.socket()), lasting: true, timeout: true,
-		data: []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeInetService},
-	})
-}
-
 // arrive sees every packet first. A packet of a known flow leaves it with the
 // first rule; a first packet finds a permission or the table of its two zones.
 //
-//	ct mark and MASK vmap { K : accept, U : accept, O : accept, each with the cut bit : goto cut }
+//	ct mark and MASK vmap { K : accept, U : accept, O : accept, each with the cut bit : goto cut, ONE WAY : goto one_way }
 //	ct state established,related,untracked accept
 //	iif "lo" accept
 //	jump reverse_path
@@ -73,8 +39,9 @@ func (b *builder) arrive() error {
 		branches = append(branches, branch{[]value{markValue(b.mark(p))}, accept()})
 	}
 	for _, p := range []flow.Path{flow.Kernel, flow.User, flow.Own} {
-		branches = append(branches, branch{[]value{markValue(b.mark(p) | b.Marks.Cut())}, goTo(chainCut)})
+		branches = append(branches, branch{[]value{markValue(b.Marks.CutValue(p))}, goTo(chainCut)})
 	}
+	branches = append(branches, branch{[]value{markValue(b.Marks.OneWay())}, goTo(chainOneWay)})
 	a.add(switchMark(fieldCtMark, b.Marks.Mask(), branches))
 	a.add(ctStates(stateEstablished, stateRelated, stateUntracked), accept())
 	a.add(is(fieldIIf, host32(`"lo"`, 1)), accept())
@@ -126,51 +93,6 @@ func (b *builder) reversePath() {
 	c.add(noRoute(b.ReversePath == ReversePathStrict), count(counterSpoofed), drop())
 }
 
-// permit looks for a permission.
-//
-//	meta nfproto ipv6 goto permit6
-//	meta nfproto ipv4 ip saddr . ip daddr . meta l4proto . th dport @once4 goto use_once4
-//	meta nfproto ipv4 ip saddr . ip daddr . meta l4proto . th dport vmap @permit4
-//	meta nfproto ipv4 ip daddr . meta l4proto . th dport @once_any4 goto use_once_any4
-//	meta nfproto ipv4 ip daddr . meta l4proto . th dport vmap @permit_any4
-//
-// A single-use element goes with the packet that matched it; packets that
-// follow pass by the mark of the flow.
-func (b *builder) permit() {
-	six := chainPermit + ipv6.suffix
-	c := b.chain(chainPermit)
-	c.add(is(fieldNFProto, ipv6.nfproto), goTo(six))
-	lookPermissionsUp(c, ipv4)
-	lookPermissionsUp(b.chain(six), ipv6)
-
-	for _, f := range []family{ipv4, ipv6} {
-		only := is(fieldNFProto, f.nfproto)
-		for _, once := range []struct {
-			set string
-			key []field
-		}{{setOnce(f), f.tuple()}, {setOnceAny(f), f.socket()}, {setToken(f), f.socket()}} {
-			u := b.chain("use_" + once.set)
-			u.add(only, remove(once.set, once.key...))
-			u.add(goTo(chainUse))
-		}
-	}
-	listed := b.chain(chainListed)
-	for _, f := range []family{ipv4, ipv6} {
-		listed.add(is(fieldNFProto, f.nfproto), in(setToken(f), f.socket()...), goTo("use_"+setToken(f)))
-	}
-	u := b.chain(chainUse)
-	u.add(count(counterPermitted), report(b.LogGroup, reportUsed))
-	u.add(goTo(chainCarryFirst))
-}
-
-func lookPermissionsUp(c *chain, f family) {
-	only := is(fieldNFProto, f.nfproto)
-	c.add(only, in(setOnce(f), f.tuple()...), goTo("use_"+setOnce(f)))
-	c.add(only, vmap(setPermit(f), f.tuple()...))
-	c.add(only, in(setOnceAny(f), f.socket()...), goTo("use_"+setOnceAny(f)))
-	c.add(only, vmap(setPermitAny(f), f.socket()...))
-}
-
 // answers are what a first packet may get.
 func (b *builder) answers() {
 	ask := b.chain(chainAsk)
@@ -194,6 +116,10 @@ func (b *builder) answers() {
 	d := b.chain(chainDiscard)
 	d.add(atMost(logRate, logBurst), report(b.LogGroup, reportDenied))
 	d.add(count(counterDiscarded), drop())
+
+	w := b.chain(chainOneWay)
+	w.add(is(fieldCtDir, byteValue("original", 0)), accept())
+	w.add(drop())
 
 	k := b.chain(chainCut)
 	k.add(count(counterCut))

@@ -63,7 +63,7 @@ func (b *builder) gateway() error {
 		if inputs[in] {
 			return goTo(inputChain(in))
 		}
-		return goTo(chainDiscard)
+		return goTo(chainUnwanted)
 	}
 	if len(b.in.Compiled.Zones) > 1 {
 		b.zoneMap(mapInput, to)
@@ -71,11 +71,25 @@ func (b *builder) gateway() error {
 	}
 	c.add(to(0))
 	for _, t := range b.in.Compiled.Input {
-		if err := b.table(inputChain(t.In), fmt.Sprintf("i%d", t.In), policy.Table{In: t.In, Stages: t.Stages}, inputVerdict); err != nil {
+		if err := b.table(inputChain(t.In), fmt.Sprintf("i%d", t.In), policy.Table{In: t.In, Stages: t.Stages}, chainUnwanted, inputVerdict); err != nil {
 			return err
 		}
 	}
+	b.unwanted()
 	return nil
+}
+
+// unwanted discards what the gateway itself does not take. Who goes to the
+// address of a redirect without leave, or after it is over, is told so.
+//
+//	meta nfproto ipv4 meta l4proto { tcp, udp } ip daddr . meta l4proto . th dport @via4 goto refuse
+//	goto discard
+func (b *builder) unwanted() {
+	c := b.chain(chainUnwanted)
+	for _, f := range []family{ipv4, ipv6} {
+		c.add(is(fieldNFProto, f.nfproto), tcpOrUDP(), in(setVia(f), f.socket()...), goTo(chainRefuse))
+	}
+	c.add(goTo(chainDiscard))
 }
 
 func inputChain(in int) string { return fmt.Sprintf("in_%d", in) }

@@ -117,20 +117,38 @@ func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
 // flow walks through it, conntrack does the rest.
 //
 //	chain dstnat {
-//		ct mark and PATH == K meta nfproto ipv4 meta l4proto { tcp, udp } dnat ip to ip daddr . meta l4proto . th dport map @bind4
+//		ct mark and MASK vmap { K : goto bound, ONE WAY : goto bound }
+//	}
+//	chain bound {
+//		meta nfproto ipv4 meta l4proto { tcp, udp } dnat ip to ip daddr . meta l4proto . th dport map @bind4
+//		... (IPv6)
 //	}
 //	chain srcnat {
-//		ct mark and PATH != K accept
+//		ct mark and MASK vmap { K : goto hide, ONE WAY : goto hide }
+//	}
+//	chain hide {
+//		... (permissions with a source of their own, see sources)
 //		meta nfproto ipv6 accept
 //		ct status dnat ... (from a hidden network to itself) snat ip to ct original ip daddr
 //		... (per network rule) snat, masquerade or accept
 //	}
 func (b *builder) translate() error {
+	carried := func(to string) stmt {
+		return switchMark(fieldCtMark, b.Marks.Mask(), []branch{
+			{[]value{markValue(b.mark(flow.Kernel))}, goTo(to)}, {[]value{markValue(b.Marks.OneWay())}, goTo(to)},
+		})
+	}
 	d := b.base("dstnat", hook{nftables.ChainTypeNAT, "prerouting", nftables.ChainHook(unix.NF_INET_PRE_ROUTING), priorityDstNAT, nftables.ChainPolicyAccept})
-	d.add(b.hasPath(fieldCtMark, flow.Kernel), is(fieldNFProto, ipv4.nfproto), tcpOrUDP(), translateTo(mapBind))
+	d.add(carried(chainBound))
+	bound := b.chain(chainBound)
+	for _, f := range []family{ipv4, ipv6} {
+		bound.add(is(fieldNFProto, f.nfproto), tcpOrUDP(), translateTo(f, mapBind(f)))
+	}
 
-	s := b.base("srcnat", hook{nftables.ChainTypeNAT, "postrouting", nftables.ChainHook(unix.NF_INET_POST_ROUTING), prioritySrcNAT, nftables.ChainPolicyAccept})
-	s.add(maskedNot(fieldCtMark, b.Marks.PathMask(), b.mark(flow.Kernel)), accept())
+	base := b.base("srcnat", hook{nftables.ChainTypeNAT, "postrouting", nftables.ChainHook(unix.NF_INET_POST_ROUTING), prioritySrcNAT, nftables.ChainPolicyAccept})
+	base.add(carried(chainHide))
+	s := b.chain(chainHide)
+	b.sources(s)
 	s.add(is(fieldNFProto, ipv6.nfproto), accept())
 	for _, r := range b.in.NetworkRules {
 		if r.Relation == policy.NAT && r.From != policy.Any {
@@ -160,6 +178,27 @@ func (b *builder) translate() error {
 		}
 	}
 	return nil
+}
+
+// sources gives the flows of permissions with a source address of their own
+// that address. One look-up is what all others pay.
+//
+//	chain hide {
+//		meta nfproto ipv4 meta l4proto { tcp, udp } REQUEST vmap @source4
+//	}
+//	chain source_addr4 {
+//		meta nfproto ipv4 meta l4proto { tcp, udp } snat ip to REQUEST map @source_addr4:20000-29999
+//	}
+//	chain source_port4 {
+//		meta nfproto ipv4 meta l4proto { tcp, udp } snat ip to REQUEST map @source_port4
+//	}
+func (b *builder) sources(s *chain) {
+	for _, f := range []family{ipv4, ipv6} {
+		only := rule{is(fieldNFProto, f.nfproto), tcpOrUDP()}
+		s.add(append(slices.Clone(only), vmap(mapSource(f), f.request()...))...)
+		b.chain(mapSourceAddr(f)).add(append(slices.Clone(only), leaveFromAddress(f, mapSourceAddr(f), b.Ranges.Kernel))...)
+		b.chain(mapSourcePort(f)).add(append(slices.Clone(only), leaveFrom(f, mapSourcePort(f)))...)
+	}
 }
 
 // hairpin is for a host of a hidden network that reaches another one of it by

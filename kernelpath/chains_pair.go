@@ -1,13 +1,11 @@
 package kernelpath
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/policy"
@@ -68,7 +66,7 @@ func (b *builder) pairs() error {
 		f.add(to(in, 0))
 	}
 	for _, t := range c.Forward {
-		if err := b.table(pairChain(t.In, t.Out), fmt.Sprintf("p%d_%d", t.In, t.Out), t, forwardVerdict); err != nil {
+		if err := b.table(pairChain(t.In, t.Out), fmt.Sprintf("p%d_%d", t.In, t.Out), t, chainDiscard, forwardVerdict); err != nil {
 			return err
 		}
 	}
@@ -126,8 +124,10 @@ func inputVerdict(c policy.Class) (stmt, error) {
 	switch c {
 	case policy.ClassKernel:
 		return accept(), nil
-	case policy.ClassReject, policy.ClassDrop:
-		return forwardVerdict(c)
+	case policy.ClassReject:
+		return goTo(chainRefuse), nil
+	case policy.ClassDrop:
+		return goTo(chainUnwanted), nil
 	}
 	return stmt{}, fmt.Errorf("class %d cannot be that of a flow to the gateway itself", c)
 }
@@ -164,20 +164,22 @@ func stageKinds() []stageKind {
 //		meta nfproto ipv4 ip saddr . ip daddr . meta l4proto . th dport vmap @p1_2_ports4_1
 //		goto discard
 //	}
-func (b *builder) table(name, short string, t policy.Table, verdict func(policy.Class) (stmt, error)) error {
+//
+// rest is the chain for what no stage has.
+func (b *builder) table(name, short string, t policy.Table, rest string, verdict func(policy.Class) (stmt, error)) error {
 	top := b.chain(name)
 	var branches []branch
 	var others []rule
 	for _, k := range stageKinds() {
 		sub := name + "_" + k.name
-		n, err := b.stages(sub, short+"_"+k.name, k, t.Stages, verdict)
+		n, err := b.stages(sub, short+"_"+k.name, k, t.Stages, rest, verdict)
 		if err != nil {
 			return fmt.Errorf("table of zones %d and %d: %w", t.In, t.Out, err)
 		}
 		for _, p := range k.protos {
 			to := goTo(sub)
 			if n == 0 {
-				to = goTo(chainDiscard)
+				to = goTo(rest)
 			}
 			branches = append(branches, branch{[]value{k.family.nfproto, protoValue(p)}, to})
 		}
@@ -187,12 +189,12 @@ func (b *builder) table(name, short string, t policy.Table, verdict func(policy.
 	}
 	top.add(switchOn([]field{fieldNFProto, fieldL4Proto}, branches))
 	top.rules = append(top.rules, others...)
-	top.add(goTo(chainDiscard))
+	top.add(goTo(rest))
 	return nil
 }
 
 // stages adds the lookups of one family and kind and says how many they are.
-func (b *builder) stages(chain, maps string, k stageKind, stages []policy.Stage, verdict func(policy.Class) (stmt, error)) (int, error) {
+func (b *builder) stages(chain, maps string, k stageKind, stages []policy.Stage, rest string, verdict func(policy.Class) (stmt, error)) (int, error) {
 	match := []stmt{is(fieldNFProto, k.family.nfproto)}
 	if k.kind == policy.KindICMP {
 		match = append(match, is(fieldL4Proto, protoValue(k.family.icmp)))
@@ -227,7 +229,7 @@ func (b *builder) stages(chain, maps string, k stageKind, stages []policy.Stage,
 		n++
 	}
 	if n > 0 {
-		b.r.chains[len(b.r.chains)-1].add(goTo(chainDiscard))
+		b.r.chains[len(b.r.chains)-1].add(goTo(rest))
 	}
 	return n, nil
 }
@@ -334,65 +336,4 @@ func boxElements(k stageKind, s shape, x policy.Box, verdict func(policy.Class) 
 		}
 	}
 	return out, nil
-}
-
-func makeElement(parts []extent, to stmt) element {
-	e := element{verdict: &expr.Verdict{}}
-	*e.verdict = *verdictOf(to)
-	var lo, hi [][]byte
-	for i, p := range parts {
-		if i > 0 {
-			e.text += " . "
-		}
-		e.text += p.text
-		lo, hi = append(lo, p.lo), append(hi, p.hi)
-	}
-	e.text += " : " + to.text
-	e.key, e.end = pack(lo...), pack(hi...)
-	return e
-}
-
-// extent is an inclusive range of one field.
-type extent struct {
-	text   string
-	lo, hi []byte
-}
-
-func prefixExtent(p netip.Prefix) extent {
-	p = p.Masked()
-	return extent{p.String(), p.Addr().AsSlice(), lastAddr(p).AsSlice()}
-}
-
-// lastAddr is the highest address of a prefix.
-func lastAddr(p netip.Prefix) netip.Addr {
-	a := p.Masked().Addr().AsSlice()
-	for i := p.Bits(); i < len(a)*8; i++ {
-		a[i/8] |= 0x80 >> (i % 8)
-	}
-	last, _ := netip.AddrFromSlice(a)
-	return last
-}
-
-func protoExtent(p [2]flow.Proto) extent {
-	if p[0] == p[1] {
-		v := protoValue(p[0])
-		return extent{v.text, v.raw, v.raw}
-	}
-	return byteExtent(byte(p[0]), byte(p[1]))
-}
-
-func portExtent(p policy.PortRange) extent {
-	text := fmt.Sprint(p.Lo)
-	if p.Lo != p.Hi {
-		text = fmt.Sprintf("%d-%d", p.Lo, p.Hi)
-	}
-	return extent{text, binary.BigEndian.AppendUint16(nil, p.Lo), binary.BigEndian.AppendUint16(nil, p.Hi)}
-}
-
-func byteExtent(lo, hi byte) extent {
-	text := fmt.Sprint(lo)
-	if lo != hi {
-		text = fmt.Sprintf("%d-%d", lo, hi)
-	}
-	return extent{text, []byte{lo}, []byte{hi}}
 }

@@ -52,13 +52,15 @@ func (b *builder) steer() error {
 
 // forward lets nothing pass but kernel flows.
 //
-//	ct mark and MASK vmap { K : goto carry, K with the cut bit : goto cut }
+//	ct mark and MASK vmap { K : goto carry, K with the cut bit : goto cut, ONE WAY : accept }
 //	counter name "unmarked" drop
 func (b *builder) forward() error {
 	f := b.base("forward", filterHook("forward", unix.NF_INET_FORWARD, priorityFilter, nftables.ChainPolicyDrop))
 	f.add(switchMark(fieldCtMark, b.Marks.Mask(), []branch{
 		{[]value{markValue(b.mark(flow.Kernel))}, goTo(chainCarry)},
-		{[]value{markValue(b.mark(flow.Kernel) | b.Marks.Cut())}, goTo(chainCut)},
+		{[]value{markValue(b.Marks.CutValue(flow.Kernel))}, goTo(chainCut)},
+		// Never offloaded: arrive drops its answers.
+		{[]value{markValue(b.Marks.OneWay())}, accept()},
 	}))
 	f.add(count(counterUnmarked), drop())
 

@@ -162,7 +162,8 @@ func TestBuildNamesFitTogether(t *testing.T) {
 				words := strings.FieldsFunc(rule.String(), func(r rune) bool { return strings.ContainsRune(" ,{}", r) })
 				for i, w := range words {
 					if strings.HasPrefix(w, "@") {
-						used[w] = true
+						name, _, _ := strings.Cut(w, ":") // a range of ports may follow
+						used[name] = true
 					}
 					if i > 0 && (words[i-1] == "goto" || words[i-1] == "jump") {
 						used[w] = true
@@ -173,6 +174,12 @@ func TestBuildNamesFitTogether(t *testing.T) {
 		// Elements that are installed while traffic flows go to these.
 		used[chainAsk], used[chainListed], used[chainUse], used[chainAskOpen] = true, true, true, true
 		used[chainRefuse], used[chainCarryFirst] = true, true
+		for _, name := range []string{chainWide, chainUseOneWay, chainListedOneWay, chainUseLocal, chainListedLocal} {
+			used[name] = true
+		}
+		for _, f := range []family{ipv4, ipv6} {
+			used[mapSourceAddr(f)], used[mapSourcePort(f)] = true, true
+		}
 		for n := range used {
 			if defined[n] != 1 {
 				t.Errorf("%s: %s is defined %d times", name, n, defined[n])

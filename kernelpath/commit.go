@@ -172,6 +172,7 @@ func (t *Table) apply(group []*change) {
 		return
 	}
 	now := time.Now()
+	t.holders.sweep(now)
 	undo := t.holders.begin()
 	for _, c := range group {
 		t.holders.take(c, now)

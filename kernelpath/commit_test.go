@@ -125,12 +125,19 @@ func TestCommitOwnErrors(t *testing.T) {
 	}
 }
 
+func sourceName(p netip.Prefix) string {
+	if !p.IsValid() || p.IsSingleIP() {
+		return p.Addr().String()
+	}
+	return p.String()
+}
+
 func heldNames(held []Permitted) []string {
 	var names []string
 	for _, p := range held {
-		name := fmt.Sprintf("%s %s %s > %s", p.Use, p.Proto, p.Source, p.To)
-		if p.Use == "bind" {
-			name += " = " + p.Client.String()
+		name := fmt.Sprintf("%s %s %s > %s", p.Use, p.Proto, sourceName(p.Source), p.To)
+		if p.Becomes.IsValid() {
+			name += " = " + p.Becomes.String()
 		}
 		names = append(names, name)
 	}
@@ -297,11 +304,11 @@ func namesOf(p nat.Permission) map[string]string {
 		names[fmt.Sprintf("token tcp invalid IP > %s", to)] = ""
 	}
 	for _, s := range sources {
-		at := fmt.Sprintf("%s > %s", s.Addr(), to)
+		at := fmt.Sprintf("%s > %s", sourceName(s), to)
 		if use == "once" {
 			at = ""
 		}
-		names[fmt.Sprintf("%s tcp %s > %s", use, s, to)] = at
+		names[fmt.Sprintf("%s tcp %s > %s", use, sourceName(s), to)] = at
 	}
 	if p.Direction == nat.Inbound {
 		names[fmt.Sprintf("bind tcp invalid IP > %s = %s", to, p.Client)] = "bind " + to.String()

@@ -135,8 +135,8 @@ func (c *Cutter) mark(t flow.Tuple) (KernelFlow, bool, error) {
 			return f, true, nil
 		}
 		attrs := appendTupleAttr(nil, t)
-		attrs = appendAttr32(attrs, ctaMark, c.cfg.Marks.Cut())
-		attrs = appendAttr32(attrs, ctaMarkMask, c.cfg.Marks.Cut())
+		attrs = appendAttr32(attrs, ctaMark, c.cfg.Marks.CutValue(c.cfg.Marks.Path(f.Mark)))
+		attrs = appendAttr32(attrs, ctaMarkMask, c.cfg.Marks.Mask())
 		if f.Status&statusFixedTimeout == 0 {
 			attrs = appendAttr32(attrs, ctaTimeout, uint32(cutTimeout/time.Second))
 			attrs = appendAttr32(attrs, ctaStatus, f.Status|statusFixedTimeout)

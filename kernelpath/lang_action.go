@@ -140,24 +140,53 @@ func enqueue(native bool, first, number uint16, bypass bool) stmt {
 // matched the family and TCP or UDP.
 func divertTo(f family, port uint16) stmt {
 	to := netip.AddrPortFrom(f.loopback, port)
-	return stmt{fmt.Sprintf("tproxy %s to %s", f.tproxyWord, to), func(c *code) {
+	return stmt{fmt.Sprintf("tproxy %s to %s", f.word, to), func(c *code) {
 		c.add(&expr.Immediate{Register: 1, Data: f.loopback.AsSlice()},
 			&expr.Immediate{Register: 2, Data: portValue(port).raw},
 			&expr.TProxy{Family: f.number, RegAddr: 1, RegPort: 2})
 	}}
 }
 
-// translateTo sends an IPv4 flow to the address and port that a map has for
-// its destination.
-func translateTo(name string) stmt {
-	key := ipv4.socket()
-	return stmt{fmt.Sprintf("dnat ip to %s map @%s", fieldText(key), name), func(c *code) {
-		c.load(key)
-		address := registers([]nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeInetService})
-		c.add(&expr.Lookup{SourceRegister: 1, SetName: name, IsDestRegSet: true, DestRegister: 1},
-			&expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(ipv4.number),
-				RegAddrMin: address[0], RegAddrMax: address[0],
-				RegProtoMin: address[1], RegProtoMax: address[1], Specified: true})
+// translateTo sends a flow to the address and port that a map has for its
+// destination. The rule must have matched the family and TCP or UDP.
+func translateTo(f family, name string) stmt {
+	text := fmt.Sprintf("dnat %s to %s map @%s", f.word, fieldText(f.socket()), name)
+	return stmt{text, func(c *code) { c.translate(expr.NATTypeDestNAT, f, name, f.socket()) }}
+}
+
+// leaveFrom gives a flow the source address and port that a map has for the
+// first packet. The rule must have matched the family and TCP or UDP.
+func leaveFrom(f family, name string) stmt {
+	text := fmt.Sprintf("snat %s to %s map @%s", f.word, fieldText(f.request()), name)
+	return stmt{text, func(c *code) { c.translate(expr.NATTypeSourceNAT, f, name, f.request()) }}
+}
+
+// translate writes an address and a port of a map.
+func (c *code) translate(typ expr.NATType, f family, name string, key []field) {
+	c.load(key)
+	address := registers([]nftables.SetDatatype{f.addr, nftables.TypeInetService})
+	c.add(&expr.Lookup{SourceRegister: 1, SetName: name, IsDestRegSet: true, DestRegister: 1},
+		&expr.NAT{Type: typ, Family: uint32(f.number),
+			RegAddrMin: address[0], RegAddrMax: address[0],
+			RegProtoMin: address[1], RegProtoMax: address[1], Specified: true})
+}
+
+// leaveFromAddress gives a flow the source address that a map has for the
+// first packet, and a port of a range; a zero range: the kernel's choice.
+func leaveFromAddress(f family, name string, ports nat.Range) stmt {
+	text := fmt.Sprintf("snat %s to %s map @%s", f.word, fieldText(f.request()), name)
+	if ports != (nat.Range{}) {
+		text += ":" + ports.String()
+	}
+	return stmt{text, func(c *code) {
+		c.load(f.request())
+		n := &expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(f.number), RegAddrMin: 1, RegAddrMax: 1}
+		c.add(&expr.Lookup{SourceRegister: 1, SetName: name, IsDestRegSet: true, DestRegister: 1})
+		if ports != (nat.Range{}) {
+			c.loadPorts(2, 3, ports)
+			n.RegProtoMin, n.RegProtoMax, n.Specified = 2, 3, true
+		}
+		c.add(n)
 	}}
 }
 
@@ -167,13 +196,10 @@ func hideBehind(a netip.Addr, ports nat.Range) stmt {
 	return sourceNAT("snat ip to "+a.String(), &expr.Immediate{Register: 1, Data: a.AsSlice()}, ports)
 }
 
-// ctOriginalDst4 is NFT_CT_DST_IP, read in the original direction.
-const ctOriginalDst4 = expr.CtKey(unix.NFT_CT_DST_IP)
-
 // hideBehindAsked writes the address that the flow was first sent to as the
 // source.
 func hideBehindAsked(ports nat.Range) stmt {
-	return sourceNAT("snat ip to ct original ip daddr", &expr.Ct{Key: ctOriginalDst4, Register: 1}, ports)
+	return sourceNAT("snat ip to ct original ip daddr", fieldAskedDaddr4.load(1), ports)
 }
 
 func sourceNAT(text string, address expr.Any, ports nat.Range) stmt {
@@ -184,7 +210,7 @@ func sourceNAT(text string, address expr.Any, ports nat.Range) stmt {
 		n := &expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(ipv4.number), RegAddrMin: 1, RegAddrMax: 1}
 		c.add(address)
 		if ports != (nat.Range{}) {
-			c.loadPorts(2, ports)
+			c.loadPorts(2, 3, ports)
 			n.RegProtoMin, n.RegProtoMax, n.Specified = 2, 3, true
 		}
 		c.add(n)
@@ -197,14 +223,14 @@ func masquerade(ports nat.Range) stmt {
 		return stmt{"masquerade", func(c *code) { c.add(&expr.Masq{}) }}
 	}
 	return stmt{"masquerade to :" + ports.String(), func(c *code) {
-		c.loadPorts(1, ports)
+		c.loadPorts(1, 2, ports)
 		c.add(&expr.Masq{ToPorts: true, RegProtoMin: 1, RegProtoMax: 2})
 	}}
 }
 
-func (c *code) loadPorts(register uint32, ports nat.Range) {
-	c.add(&expr.Immediate{Register: register, Data: portValue(ports.Lo).raw},
-		&expr.Immediate{Register: register + 1, Data: portValue(ports.Hi).raw})
+func (c *code) loadPorts(lo, hi uint32, ports nat.Range) {
+	c.add(&expr.Immediate{Register: lo, Data: portValue(ports.Lo).raw},
+		&expr.Immediate{Register: hi, Data: portValue(ports.Hi).raw})
 }
 
 // offload moves an established flow into the flowtable.

@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicegw/sluice/flow"
 )
@@ -45,6 +46,7 @@ var (
 	fieldCtMark   = ctField("ct mark", nftables.TypeMark, expr.CtKeyMARK)
 	fieldCtState  = ctField("ct state", nftables.TypeCTState, expr.CtKeySTATE)
 	fieldCtStatus = ctField("ct status", nftables.TypeCTStatus, expr.CtKeySTATUS)
+	fieldCtDir    = ctField("ct direction", nftables.TypeCTDir, expr.CtKeyDIRECTION)
 	fieldSaddr4   = payload("ip saddr", nftables.TypeIPAddr, expr.PayloadBaseNetworkHeader, 12, 4)
 	fieldDaddr4   = payload("ip daddr", nftables.TypeIPAddr, expr.PayloadBaseNetworkHeader, 16, 4)
 	fieldSaddr6   = payload("ip6 saddr", nftables.TypeIP6Addr, expr.PayloadBaseNetworkHeader, 8, 16)
@@ -71,31 +73,42 @@ var (
 	}}
 )
 
+// What conntrack knows of the first packet of a flow, before any translation.
+var (
+	fieldAskedSaddr4 = ctField("ct original ip saddr", nftables.TypeIPAddr, unix.NFT_CT_SRC_IP)
+	fieldAskedDaddr4 = ctField("ct original ip daddr", nftables.TypeIPAddr, unix.NFT_CT_DST_IP)
+	fieldAskedSaddr6 = ctField("ct original ip6 saddr", nftables.TypeIP6Addr, unix.NFT_CT_SRC_IP6)
+	fieldAskedDaddr6 = ctField("ct original ip6 daddr", nftables.TypeIP6Addr, unix.NFT_CT_DST_IP6)
+	fieldAskedDport  = ctField("ct original proto-dst", nftables.TypeInetService, expr.CtKeyPROTODST)
+)
+
 // family holds what differs between IPv4 and IPv6.
 type family struct {
 	suffix       string
 	nfproto      value
 	addr         nftables.SetDatatype
 	saddr, daddr field
-	icmp         flow.Proto
-	icmpType     field
-	tproxyWord   string
-	loopback     netip.Addr
-	unspecified  value
-	number       byte // NFPROTO_*
+	// asked are the addresses of the first packet, before any translation.
+	asked       [2]field
+	word        string // nft's
+	icmp        flow.Proto
+	icmpType    field
+	loopback    netip.Addr
+	unspecified value
+	number      byte // NFPROTO_*
 }
 
 var (
 	ipv4 = family{
 		suffix: "4", nfproto: value{"ipv4", []byte{2}}, addr: nftables.TypeIPAddr,
-		saddr: fieldSaddr4, daddr: fieldDaddr4, icmp: flow.ICMP, icmpType: fieldICMP4,
-		tproxyWord: "ip", loopback: netip.AddrFrom4([4]byte{127, 0, 0, 1}),
+		saddr: fieldSaddr4, daddr: fieldDaddr4, asked: [2]field{fieldAskedSaddr4, fieldAskedDaddr4}, word: "ip", icmp: flow.ICMP, icmpType: fieldICMP4,
+		loopback:    netip.AddrFrom4([4]byte{127, 0, 0, 1}),
 		unspecified: value{"0.0.0.0", make([]byte, 4)}, number: 2,
 	}
 	ipv6 = family{
 		suffix: "6", nfproto: value{"ipv6", []byte{10}}, addr: nftables.TypeIP6Addr,
-		saddr: fieldSaddr6, daddr: fieldDaddr6, icmp: flow.ICMPv6, icmpType: fieldICMP6,
-		tproxyWord: "ip6", loopback: netip.IPv6Loopback(),
+		saddr: fieldSaddr6, daddr: fieldDaddr6, asked: [2]field{fieldAskedSaddr6, fieldAskedDaddr6}, word: "ip6", icmp: flow.ICMPv6, icmpType: fieldICMP6,
+		loopback:    netip.IPv6Loopback(),
 		unspecified: value{"::", make([]byte, 16)}, number: 10,
 	}
 )
@@ -111,6 +124,12 @@ func familyOf(is6 bool) family {
 // destination port; socket is the key without its source.
 func (f family) tuple() []field  { return []field{f.saddr, f.daddr, fieldL4Proto, fieldDport} }
 func (f family) socket() []field { return []field{f.daddr, fieldL4Proto, fieldDport} }
+
+// request is the tuple of the first packet, as conntrack keeps it. nft wants a
+// match of TCP or UDP before it.
+func (f family) request() []field {
+	return []field{f.asked[0], f.asked[1], fieldL4Proto, fieldAskedDport}
+}
 
 // value is a constant: nft's text and the kernel's bytes.
 type value struct {

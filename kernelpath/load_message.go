@@ -269,12 +269,14 @@ func (t *transaction) addRule(chain string, r rule) {
 }
 
 // marshalExpr encodes an expression. google/nftables leaves out the direction
-// of a conntrack address of one family, and of a masquerade into a port range
-// the flag without which the kernel ignores the range.
+// of a conntrack address of one family and writes that of a port in another
+// form (here it is always the original one), and of a masquerade into a port
+// range it leaves out the flag without which the kernel ignores the range.
 func marshalExpr(e expr.Any) ([]byte, error) {
 	switch e := e.(type) {
 	case *expr.Ct:
-		if e.Key == ctOriginalDst4 {
+		switch e.Key {
+		case unix.NFT_CT_SRC_IP, unix.NFT_CT_DST_IP, unix.NFT_CT_SRC_IP6, unix.NFT_CT_DST_IP6, expr.CtKeyPROTODST:
 			return encodeExpr("ct", attr(unix.NFTA_CT_KEY, be32(uint32(e.Key))),
 				attr(unix.NFTA_CT_DREG, be32(e.Register)), attr(unix.NFTA_CT_DIRECTION, []byte{0}))
 		}

@@ -23,7 +23,19 @@ type holders struct {
 	known bool
 	// newest is the version of a touched slot that nobody holds any more.
 	newest map[slotKey]slot
+	// lingering are the slots that stay for a while after their permission, in
+	// the order of their ends but for those that linger for less.
+	lingering []lingerer
 }
+
+// lingerer is a slot that nobody holds, and until when it stays.
+type lingerer struct {
+	at    slotKey
+	until time.Time
+}
+
+// nobody is the ID, which no permission has, under which a slot lingers.
+const nobody = 0
 
 // held is a slot and until when each permission holds it; zero: for ever.
 type held struct {
@@ -90,7 +102,7 @@ func (h *holders) take(c *change, now time.Time) {
 	if c.refused = nil; !c.remove {
 		c.refused = err
 	}
-	h.releaseAll(id)
+	h.releaseAll(id, now)
 	for _, s := range slots {
 		k := s.at()
 		h.touch(k)
@@ -111,33 +123,57 @@ func (h *holders) take(c *change, now time.Time) {
 	}
 }
 
-func (h *holders) releaseAll(id uint64) {
+// releaseAll takes a permission out of its slots. What lingers does so from
+// now on.
+func (h *holders) releaseAll(id uint64, now time.Time) {
 	if _, already := h.touchedIDs[id]; !already {
 		h.touchedIDs[id] = h.byID[id]
 	}
 	for _, k := range h.byID[id] {
-		h.release(id, k)
+		h.release(id, k, now)
 	}
 	delete(h.byID, id)
 }
 
-func (h *holders) release(id uint64, k slotKey) {
+func (h *holders) release(id uint64, k slotKey, now time.Time) {
 	if h.slots[k] == nil {
 		return
 	}
 	h.touch(k)
 	h.newest[k] = h.slots[k].slot
 	delete(h.slots[k].until, id)
+	if d := h.slots[k].slot.lingers; d > 0 && !now.IsZero() {
+		h.slots[k].until[nobody] = now.Add(d)
+		h.lingering = append(h.lingering, lingerer{k, now.Add(d)})
+	}
 	if len(h.slots[k].until) == 0 {
 		delete(h.slots, k)
 	}
 }
 
-// drop forgets a permission.
+// drop forgets a permission; nothing of it lingers.
 func (h *holders) drop(id uint64) {
 	h.begin()
-	h.releaseAll(id)
+	h.releaseAll(id, time.Time{})
 	h.end()
+}
+
+// sweep forgets what has lingered long enough. The kernel's own clock has taken
+// it away by then; the second is for the difference between the two.
+func (h *holders) sweep(now time.Time) {
+	n := 0
+	for ; n < len(h.lingering) && now.After(h.lingering[n].until.Add(time.Second)); n++ {
+		at := h.lingering[n].at
+		held := h.slots[at]
+		if held == nil || held.until[nobody].After(h.lingering[n].until) {
+			continue
+		}
+		delete(held.until, nobody)
+		if len(held.until) == 0 {
+			delete(h.slots, at)
+		}
+	}
+	h.lingering = slices.Delete(h.lingering, 0, n)
 }
 
 func (h *held) only(id uint64) bool {

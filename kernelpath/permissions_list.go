@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	mathbits "math/bits"
 	"net/netip"
 	"strings"
 	"time"
@@ -18,24 +19,29 @@ import (
 // Permitted is one element of the permission sets as the kernel holds it.
 type Permitted struct {
 	// Use is "once", "many", "ask" (to user space), "listed" (one source of a
-	// single-use permission), "token" (the one use of such a permission) or
-	// "bind" (a translation, which lets nobody in by itself).
+	// single-use permission), "token" (the one use of such a permission),
+	// "ranges" (some sources are ranges), "bind" (a translation, which lets
+	// nobody in by itself), "refuse" (who else goes there is told no) or
+	// "source" (where a flow leaves from). "one way" or "local" follows where
+	// the flow may do no more than that.
 	Use   string
 	Proto flow.Proto
 	// Source is invalid: any source.
-	Source netip.Addr
+	Source netip.Prefix
 	To     netip.AddrPort
-	// Client is where a bind sends its flows.
-	Client netip.AddrPort
+	// Becomes is where a bind sends its flows, and what the source of a flow
+	// becomes.
+	Becomes netip.AddrPort
 	// Expires is the time left; 0: never.
 	Expires time.Duration
 }
 
 // permissionSetNames are the sets that hold permissions.
 func permissionSetNames() []string {
-	names := []string{mapBind}
+	var names []string
 	for _, f := range []family{ipv4, ipv6} {
-		names = append(names, setOnce(f), setPermit(f), setOnceAny(f), setPermitAny(f), setToken(f))
+		names = append(names, setOnce(f), setPermit(f), setOnceAny(f), setPermitAny(f), setWide(f), setToken(f),
+			mapBind(f), setVia(f), mapSource(f), mapSourceAddr(f), mapSourcePort(f))
 	}
 	return names
 }
@@ -99,46 +105,90 @@ func (t *Table) Permissions() ([]Permitted, error) {
 	return all, nil
 }
 
-// permitted reads one element; not ok: it is none of ours.
+// permitted reads one element; not ok: it is none of ours, or says nothing that
+// another one does not.
 func permitted(name string, a map[uint16][]byte) (Permitted, bool) {
 	key := attributes(a[unix.NFTA_SET_ELEM_KEY])[unix.NFTA_DATA_VALUE]
-	data := attributes(a[unix.NFTA_SET_ELEM_DATA])
 	f := familyOf(strings.HasSuffix(name, ipv6.suffix))
 	p := Permitted{Use: "once"}
-	addr := len(f.unspecified.raw)
-	if name == setOnce(f) || name == setPermit(f) {
-		if len(key) < addr {
+	size := len(f.unspecified.raw)
+	switch name {
+	case setOnce(f), setPermit(f), setWide(f), mapSourceAddr(f), mapSourcePort(f):
+		if len(key) < size {
 			return p, false
 		}
-		p.Source, _ = netip.AddrFromSlice(key[:addr])
-		key = key[addr:]
+		last := key
+		if end := attributes(a[attrElemKeyEnd])[unix.NFTA_DATA_VALUE]; len(end) == len(key) {
+			last = end
+		}
+		p.Source = prefixOf(key[:size], last[:size])
+		key = key[size:]
 	}
-	if len(key) != addr+8 {
+	if len(key) != size+8 {
 		return p, false
 	}
-	to, _ := netip.AddrFromSlice(key[:addr])
-	p.Proto = flow.Proto(key[addr])
-	p.To = netip.AddrPortFrom(to, binary.BigEndian.Uint16(key[addr+4:]))
-	switch name {
-	case setToken(f):
-		p.Use = "token"
-	case mapBind:
-		v := data[unix.NFTA_DATA_VALUE]
-		if len(v) != 8 {
-			return p, false
-		}
-		client, _ := netip.AddrFromSlice(v[:4])
-		p.Use, p.Client = "bind", netip.AddrPortFrom(client, binary.BigEndian.Uint16(v[4:]))
-	case setPermit(f), setPermitAny(f):
-		chain := cString(attributes(data[unix.NFTA_DATA_VERDICT])[unix.NFTA_VERDICT_CHAIN])
-		use, ok := map[string]string{chainUse: "many", chainAsk: "ask", chainListed: "listed"}[chain]
-		if !ok {
-			return p, false
-		}
-		p.Use = use
+	p.Proto = flow.Proto(key[size])
+	p.To = addrPortOf(append(key[:size:size], key[size+4:]...))
+	if !p.meaning(name, f, attributes(a[unix.NFTA_SET_ELEM_DATA])) {
+		return p, false
 	}
 	if e := a[unix.NFTA_SET_ELEM_EXPIRATION]; len(e) == 8 {
 		p.Expires = time.Duration(binary.BigEndian.Uint64(e)) * time.Millisecond
 	}
 	return p, true
+}
+
+// verdictUses are the words for the chains that a verdict map leads to.
+var verdictUses = map[string]string{
+	chainUse: "many", chainAsk: "ask", chainListed: "listed", chainWide: "ranges",
+	chainUseOneWay: "many one way", chainListedOneWay: "listed one way",
+	chainUseLocal: "many local", chainListedLocal: "listed local",
+}
+
+// meaning fills in what the set and its value say.
+func (p *Permitted) meaning(name string, f family, data map[uint16][]byte) bool {
+	switch name {
+	case setToken(f):
+		p.Use = "token"
+	case setVia(f):
+		p.Use = "refuse"
+	case mapBind(f), mapSourceAddr(f), mapSourcePort(f):
+		p.Use, p.Becomes = "source", addrPortOf(data[unix.NFTA_DATA_VALUE])
+		if name == mapBind(f) {
+			p.Use = "bind"
+		}
+		return p.Becomes.IsValid()
+	case setPermit(f), setPermitAny(f), setWide(f):
+		chain := cString(attributes(data[unix.NFTA_DATA_VERDICT])[unix.NFTA_VERDICT_CHAIN])
+		p.Use = verdictUses[chain]
+		return p.Use != ""
+	case mapSource(f):
+		return false // leads to the address, which is listed
+	}
+	return true
+}
+
+// addrPortOf reads an address, or an address and a port padded to 32 bits.
+func addrPortOf(b []byte) netip.AddrPort {
+	port := uint16(0)
+	if len(b) == 8 || len(b) == 20 {
+		port = binary.BigEndian.Uint16(b[len(b)-4:])
+		b = b[:len(b)-4]
+	}
+	addr, _ := netip.AddrFromSlice(b)
+	return netip.AddrPortFrom(addr, port)
+}
+
+// prefixOf gives the prefix whose first and last address these are.
+func prefixOf(first, last []byte) netip.Prefix {
+	addr, _ := netip.AddrFromSlice(first)
+	n := 0
+	for i := range first {
+		same := mathbits.LeadingZeros8(first[i] ^ last[i])
+		n += same
+		if same < 8 {
+			break
+		}
+	}
+	return netip.PrefixFrom(addr, n)
 }

@@ -39,8 +39,9 @@ type Permission struct {
 	// Target is set for Outbound.
 	Target netip.AddrPort
 	// Via, if valid, is the address of the gateway's inside that the client of
-	// an Outbound one goes to instead; it leads to Target. While it leads
-	// nowhere else, who goes there is refused at once.
+	// an Outbound one goes to instead; it leads to Target. Who else goes there
+	// is refused at once, until Quarantine after the permission is removed.
+	// Without a Client it lets nobody in: the translation alone is held.
 	Via netip.AddrPort
 	// Source, if valid, is the gateway's address that Outbound flows leave
 	// from; port 0: any port.
