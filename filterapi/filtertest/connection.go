@@ -1,51 +1,197 @@
 package filtertest
 
 import (
-	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
 )
 
-// connection is the connection object of a flow.
+// connection is the connection object of a flow, or (bind != nil) of an
+// address that is open for inbound flows.
 type connection struct {
-	flow *Flow
+	gateway   *Gateway
+	session   *session
+	tuple     flow.Tuple
+	flow      *Flow       // nil: a bind, or an event made by hand
+	bind      *permission // of a bind
+	perm      *permission // that let a flow in; nil: a primary connection
+	protocol  string
+	secondary bool
+	flags     filterapi.ConnectionFlags
 
 	mu       sync.Mutex
-	handling bool // inside the event's handler
-	pumping  bool
+	handling filterapi.EventMask // inside the handler of this event
 	denied   bool
+	heard    bool // the filter knows of it
+	told     bool // of its end
+	ended    bool
 	filters  []attached
 	buffer   int
+	name     netip.AddrPort // of the external side, once connected
+	peer     netip.AddrPort
+	emulated bool
+	sent     uint64
+	named    bool // by SetSocketName
 }
 
 type attached struct {
 	filter   filterapi.DataFilter
 	priority filterapi.Priority
+	emulates bool // it is the far end
 }
 
-func (c *connection) Session() filterapi.Session { return c.flow.session }
-func (c *connection) Tuple() flow.Tuple          { return c.flow.tuple }
+func (g *Gateway) newConnection(s *session, t flow.Tuple) *connection {
+	c := &connection{gateway: g, session: s, tuple: t, protocol: g.filter.Name(), buffer: filterapi.DefaultStreamBuffer}
+	if t.Proto == flow.UDP {
+		c.buffer = filterapi.DefaultDatagramBuffer
+	}
+	return c
+}
 
-func (c *connection) AttachDataFilter(f filterapi.DataFilter, prio filterapi.Priority) error {
+// about is what the events of a connection have in common.
+func (c *connection) about() filterapi.About {
+	about := filterapi.About{
+		Connection: c, Protocol: c.protocol, Rule: "test", Secondary: c.secondary, Source: c.session.source(),
+	}
+	if !c.gateway.Unnamed {
+		about.Options = c.gateway.options
+	}
+	return about
+}
+
+// open and shut bracket the handler of an event.
+func (c *connection) open(kind filterapi.EventMask) {
+	c.mu.Lock()
+	c.handling, c.heard = kind, true
+	c.mu.Unlock()
+}
+
+func (c *connection) shut() (denied bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.handling = 0
+	return c.denied
+}
+
+func (c *connection) dropFilters() {
+	c.mu.Lock()
+	c.filters = nil
+	c.mu.Unlock()
+}
+
+// connect makes the names of the external side known.
+func (c *connection) connect(name, peer netip.AddrPort) {
+	c.mu.Lock()
+	c.name, c.peer = name, peer
+	c.mu.Unlock()
+}
+
+// finish ends the connection; true: the filter has to be told.
+func (c *connection) finish() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	tell := c.heard && !c.told
+	c.ended, c.told = true, true
+	return tell
+}
+
+func (c *connection) Session() filterapi.Session       { return c.session }
+func (c *connection) Tuple() flow.Tuple                { return c.tuple }
+func (c *connection) Flags() filterapi.ConnectionFlags { return c.flags }
+
+// may says whether a call is made inside the handler of one of these events.
+// c.mu is held.
+func (c *connection) may(kinds filterapi.EventMask) error {
 	switch {
-	case !c.handling:
+	case c.ended:
+		return filterapi.ErrTerminating
+	case c.handling&kinds == 0:
 		return filterapi.ErrBadContext
-	case f == nil, prio < filterapi.PriorityNAT, prio > filterapi.PriorityEmulation:
+	}
+	return nil
+}
+
+const carried = filterapi.ConnectTCP | filterapi.UDPDestination | filterapi.Accepted | filterapi.BindUDP
+
+func (c *connection) AttachDataFilter(f filterapi.DataFilter, prio filterapi.Priority) error {
+	if f == nil || prio < filterapi.PriorityNAT || prio > filterapi.PriorityEmulation {
 		return filterapi.ErrInvalidArgument
 	}
-	c.filters = append(c.filters, attached{f, prio})
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.may(carried); err != nil {
+		return err
+	}
+	if c.emulated && prio == filterapi.PriorityEmulation {
+		return filterapi.ErrAlreadyEmulated
+	}
+	c.filters = append(c.filters, attached{filter: f, priority: prio})
 	return nil
+}
+
+// destination is a data filter of one peer of a client's socket, or of a bind.
+type destination struct {
+	session *session
+	by      *connection // in whose event it was attached
+	socket  netip.AddrPort
+	peer    netip.AddrPort
+	attached
+}
+
+func (c *connection) AttachDataFilterWithDestination(f filterapi.DataFilter, prio filterapi.Priority, peer netip.AddrPort) error {
+	if f == nil || prio < filterapi.PriorityNAT || prio > filterapi.PriorityEmulation ||
+		c.tuple.Proto != flow.UDP || !goodPeer(c.session, peer) {
+		return filterapi.ErrInvalidArgument
+	}
+	c.mu.Lock()
+	err := c.may(filterapi.UDPDestination | filterapi.BindUDP)
+	c.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	g := c.gateway
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	// One that was attached in an earlier event gives way.
+	socket := c.ownSocket()
+	g.destinations = slices.DeleteFunc(g.destinations, func(d destination) bool {
+		return d.session == c.session && d.socket == socket && d.peer == peer && d.by != c
+	})
+	g.destinations = append(g.destinations, destination{c.session, c, socket, peer, attached{filter: f, priority: prio}})
+	return nil
+}
+
+// ownSocket is what the peers of one socket have in common: the client's
+// address, or the external one of the bind that they came through.
+func (c *connection) ownSocket() netip.AddrPort {
+	switch {
+	case c.bind != nil:
+		return c.tuple.Dst
+	case c.perm != nil && c.perm.kind == inbound:
+		return c.perm.external
+	}
+	return c.tuple.Src
+}
+
+// destinationFilters are the data filters that wait for a flow's peer.
+func (g *Gateway) destinationFilters(c *connection, peer netip.AddrPort) (out []attached) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, d := range g.destinations {
+		if d.session == c.session && d.socket == c.ownSocket() && d.peer == peer {
+			out = append(out, d.attached)
+		}
+	}
+	return out
 }
 
 func (c *connection) Deny() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.handling {
+	if c.handling&(carried|filterapi.BindTCP) == 0 {
 		return filterapi.ErrBadContext
 	}
 	c.denied = true
@@ -55,86 +201,52 @@ func (c *connection) Deny() error {
 func (c *connection) ExternalName() (netip.AddrPort, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.pumping {
+	if !c.name.IsValid() {
 		return netip.AddrPort{}, filterapi.ErrBadContext
 	}
-	g, src := c.flow.gateway, c.flow.tuple.Src
-	if g.Routed || src.Addr().Is6() {
-		return src, nil
-	}
-	return netip.AddrPortFrom(g.External, src.Port()), nil
+	return c.name, nil
 }
 
 func (c *connection) ExternalPeer() (netip.AddrPort, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.pumping {
+	if !c.peer.IsValid() {
 		return netip.AddrPort{}, filterapi.ErrBadContext
 	}
-	return c.flow.tuple.Dst, nil
+	return c.peer, nil
 }
 
-func (c *connection) SetIPFilter(*filterapi.IPFilter) error { return filterapi.ErrNotSupported }
-func (c *connection) IPFilter() *filterapi.IPFilter         { return nil }
+// maxBuffer bounds SetBufferSize, as the gateway does.
+const maxBuffer = 1 << 20
 
 func (c *connection) SetBufferSize(n int) error {
+	if n <= 0 || n > maxBuffer {
+		return filterapi.ErrInvalidArgument
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	switch {
-	case !c.handling:
+	if c.handling&(carried|filterapi.BindTCP|filterapi.Listen) == 0 {
 		return filterapi.ErrBadContext
-	case n <= 0:
-		return filterapi.ErrInvalidArgument
 	}
 	c.buffer = n
 	return nil
 }
 
-func (c *connection) Kill() { c.flow.kill() }
-
-// bound is the connection object of a bind.
-type bound struct{ p *permission }
-
-func (b *bound) Session() filterapi.Session { return b.p.session }
-
-func (b *bound) Tuple() flow.Tuple {
-	return flow.Tuple{Proto: b.p.proto, Dst: b.p.external}
-}
-
-func (b *bound) AttachDataFilter(filterapi.DataFilter, filterapi.Priority) error {
-	return filterapi.ErrBadContext
-}
-func (b *bound) Deny() error                           { return filterapi.ErrBadContext }
-func (b *bound) SetBufferSize(int) error               { return filterapi.ErrBadContext }
-func (b *bound) ExternalName() (netip.AddrPort, error) { return b.p.external, nil }
-func (b *bound) ExternalPeer() (netip.AddrPort, error) {
-	return netip.AddrPort{}, filterapi.ErrBadContext
-}
-func (b *bound) Kill() { b.p.end(Killed) }
-
-func (b *bound) SetIPFilter(f *filterapi.IPFilter) error {
-	g := b.p.gateway
-	g.mu.Lock()
-	gone, name := b.p.gone, b.p.external
-	g.mu.Unlock()
-	if gone {
-		return fmt.Errorf("filter of bind %s: %w", name, filterapi.ErrTerminating)
+func (c *connection) Kill() {
+	switch {
+	case c.bind != nil:
+		c.bind.end(Killed)
+	case c.flow != nil:
+		c.flow.kill()
 	}
-	g.journal.add(Entry{Asked, fmt.Sprintf("filter of %s", name)})
-	g.acknowledge()
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if b.p.gone {
-		return fmt.Errorf("filter of bind %s: %w", name, filterapi.ErrTerminating)
-	}
-	b.p.sources = f.Clone()
-	b.p.startTimer()
-	g.journal.add(Entry{Armed, b.p.String()})
-	return nil
 }
 
-func (b *bound) IPFilter() *filterapi.IPFilter {
-	b.p.gateway.mu.Lock()
-	defer b.p.gateway.mu.Unlock()
-	return b.p.sources.Clone()
+// chain is the data filters of the connection by their priority, with those
+// that others attach to it.
+func (c *connection) chain(others ...attached) []attached {
+	c.mu.Lock()
+	all := append(slices.Clone(c.filters), others...)
+	c.mu.Unlock()
+	slices.SortStableFunc(all, func(a, b attached) int { return int(a.priority) - int(b.priority) })
+	return all
 }

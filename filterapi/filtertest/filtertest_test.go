@@ -22,29 +22,62 @@ var (
 // puppet does what the test says.
 type puppet struct {
 	filterapi.Session
+	fw     filterapi.Firewall
 	conn   filterapi.Connection
+	want   filterapi.Events // of both registrations, if set
 	handle func(filterapi.Connection) error
+	raised func(filterapi.Event) error // instead of everything below
 	pump   func(internal, external filterapi.Socket) error
-	events []filterapi.Event
+
+	mu     sync.Mutex
+	events []filterapi.Event // other than connects and destinations
+}
+
+func (p *puppet) wants() filterapi.Events {
+	if p.want.Types != 0 {
+		return p.want
+	}
+	return filterapi.Events{Types: filterapi.ConnectTCP | filterapi.UDPDestination}
+}
+
+// seen are the events so far that are of type T.
+func seen[T filterapi.Event](p *puppet) (out []T) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, ev := range p.events {
+		if e, ok := ev.(T); ok {
+			out = append(out, e)
+		}
+	}
+	return out
 }
 
 func (p *puppet) Name() string { return "puppet" }
-func (p *puppet) Init(filterapi.Firewall) (filterapi.Events, error) {
-	return filterapi.Events{Types: filterapi.ConnectTCP | filterapi.UDPDestination}, nil
+func (p *puppet) Init(fw filterapi.Firewall) (filterapi.Events, error) {
+	p.fw = fw
+	return p.wants(), nil
 }
 func (p *puppet) AttachToSession(s filterapi.Session) (filterapi.SessionFilter, filterapi.Events, error) {
 	p.Session = s
-	return p, filterapi.Events{Types: filterapi.ConnectTCP | filterapi.UDPDestination}, nil
+	return p, p.wants(), nil
 }
 func (p *puppet) Shutdown() {}
 func (p *puppet) Detach()   {}
 func (p *puppet) HandleEvent(_ context.Context, ev filterapi.Event) error {
+	if p.raised != nil {
+		p.mu.Lock()
+		p.events = append(p.events, ev)
+		p.mu.Unlock()
+		return p.raised(ev)
+	}
 	switch ev := ev.(type) {
 	case *filterapi.ConnectEvent:
 		p.conn = ev.Connection
 	case *filterapi.UDPDestinationEvent:
 		p.conn = ev.Connection
 	default:
+		p.mu.Lock()
+		defer p.mu.Unlock()
 		p.events = append(p.events, ev)
 		return nil
 	}
@@ -142,9 +175,10 @@ func TestContext(t *testing.T) {
 	if _, err := g.Offer(client, server); !errors.Is(err, filterapi.ErrPolicyDenied) {
 		t.Errorf("denied: %v", err)
 	}
-	for name, err := range map[string]error{
-		"Deny": p.conn.Deny(), "AttachDataFilter": p.conn.AttachDataFilter(p, filterapi.PriorityNAT), "SetBufferSize": p.conn.SetBufferSize(1),
-	} {
+	if err := p.conn.AttachDataFilter(p, filterapi.PriorityNAT); !errors.Is(err, filterapi.ErrTerminating) {
+		t.Errorf("AttachDataFilter on a connection that is over: %v", err)
+	}
+	for name, err := range map[string]error{"Deny": p.conn.Deny(), "SetBufferSize": p.conn.SetBufferSize(1)} {
 		if !errors.Is(err, filterapi.ErrBadContext) {
 			t.Errorf("%s outside the handler: %v", name, err)
 		}

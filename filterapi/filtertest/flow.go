@@ -5,8 +5,6 @@ import (
 	"errors"
 	"io"
 	"net/netip"
-	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -17,12 +15,20 @@ import (
 // patience is how long a test waits for what must happen.
 const patience = 10 * time.Second
 
-// Flow is one connection with its two ends in the test's hands.
+// Flow is one connection with its two ends in the test's hands. Its context in
+// the test is that of the client: Client is inside, also when the other end
+// began it.
 type Flow struct {
-	// Client and Server are the two ends.
+	// Client and Server are the two ends. The Server of an emulated flow is
+	// nobody: what is sent there fails.
 	Client, Server *End
-	// Filtered says whether the filter attached itself.
-	Filtered bool
+	// Conn is the connection as the filter gets it.
+	Conn filterapi.Connection
+	// Filtered says whether data filters hold the flow, User whether it goes
+	// through user space, with data filters or without.
+	Filtered, User bool
+	// Emulated: a data filter plays the server.
+	Emulated bool
 
 	gateway  *Gateway
 	session  *session
@@ -30,34 +36,47 @@ type Flow struct {
 	conn     *connection
 	internal *leg
 	external *leg
+	deaf     bool // what the client sends is lost: a bind without Bidirectional
 	cancel   context.CancelFunc
-	hands    *hands
-	done     chan struct{}
-	err      error // of Pump, after done
+	ctx      context.Context
 
-	carriers sync.WaitGroup
+	work  sync.WaitGroup // pumps and carriers
+	pumps sync.WaitGroup
+	done  chan struct{} // the pumps have returned
+	over  chan struct{} // nothing carries the flow any more, and the filter was told
+	stood sync.Once
+
+	mu     sync.Mutex
+	killed bool
+	errs   []error // of each Pump, after done
 }
 
-func (g *Gateway) newFlow(proto flow.Proto, client, server netip.AddrPort) *Flow {
-	fl := &Flow{
-		gateway: g, session: g.session(client.Addr()),
-		tuple:    flow.Tuple{Proto: proto, Src: client, Dst: server},
+// newFlow makes a flow whose client is inside and whose server is outside. t
+// is what the one that begins it sends.
+func (g *Gateway) newFlow(s *session, t flow.Tuple, client, server netip.AddrPort) *Flow {
+	f := &Flow{
+		gateway: g, session: s, tuple: t,
 		internal: newLeg(g.Window), external: newLeg(g.Window),
-		cancel: func() {}, hands: newHands(), done: make(chan struct{}),
+		done: make(chan struct{}), over: make(chan struct{}),
 	}
-	fl.conn = &connection{flow: fl, buffer: filterapi.DefaultStreamBuffer}
-	if proto == flow.UDP {
-		fl.conn.buffer = filterapi.DefaultDatagramBuffer
-	}
-	fl.Client = &End{flow: fl, name: "client", leg: fl.internal, far: server}
-	fl.Server = &End{flow: fl, name: "server", leg: fl.external, far: client}
-	return fl
+	f.ctx, f.cancel = context.WithCancel(context.Background())
+	f.conn = g.newConnection(s, t)
+	f.conn.flow, f.Conn = f, f.conn
+	f.Client = &End{flow: f, name: "client", leg: f.internal, addr: client, far: server}
+	f.Server = &End{flow: f, name: "server", leg: f.external, addr: server, far: client}
+	g.mu.Lock()
+	g.flows = append(g.flows, f)
+	f.killed = s.ended
+	g.mu.Unlock()
+	return f
 }
 
-func (c *connection) setHandling(on bool) {
-	c.mu.Lock()
-	c.handling = on
-	c.mu.Unlock()
+// Flows are all flows so far, in order, refused ones and those that filters
+// made with EmulateConnection included.
+func (g *Gateway) Flows() []*Flow {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return append([]*Flow(nil), g.flows...)
 }
 
 func (f *Flow) bufferSize() int {
@@ -66,62 +85,171 @@ func (f *Flow) bufferSize() int {
 	return f.conn.buffer
 }
 
-// start does what follows a handler: refuse, pump, or pass. The machine runs
-// one filter, so one data filter holds the flow.
-func (f *Flow) start(handled error) error {
+// start does what follows the handlers: refuse, pump, or pass.
+func (f *Flow) start(refusal error) error {
 	c := f.conn
-	c.mu.Lock()
-	filters, denied := slices.Clone(c.filters), c.denied
-	c.pumping = true
-	c.mu.Unlock()
-	switch {
-	case handled != nil && !errors.Is(handled, filterapi.ErrNotSupported):
-		f.refuse()
-		return handled
-	case denied:
-		f.refuse()
-		return filterapi.ErrPolicyDenied
-	case len(filters) == 0:
-		f.carry()
-		close(f.done)
-		return nil
+	var chain []attached
+	if refusal == nil {
+		chain, refusal = f.gather()
 	}
-	f.Filtered = true
-	ctx, cancel := context.WithCancel(context.Background())
-	f.cancel = cancel
-	go f.pump(ctx, filters[0].filter)
-	f.gateway.tb.Cleanup(f.end)
+	f.mu.Lock()
+	if f.killed && refusal == nil {
+		refusal = filterapi.ErrPolicyDenied
+	}
+	f.mu.Unlock()
+	if refusal != nil {
+		f.refuse()
+		return refusal
+	}
+	c.connect(f.gateway.names(c, f.Server.addr))
+	f.Filtered = len(chain) > 0
+	f.User = f.Filtered || c.perm != nil && c.perm.toUser
+	f.carry(chain)
+	if c.tuple.Proto == flow.TCP || !f.Filtered {
+		f.stand()
+	}
+	go f.finish()
 	return nil
 }
 
+// gather are the data filters of a flow: those of its handler, of its bind, of
+// its peer, and of the factories.
+func (f *Flow) gather() ([]attached, error) {
+	c, g := f.conn, f.gateway
+	var others []attached
+	if c.perm != nil && c.perm.object != nil && c.tuple.Proto == flow.UDP {
+		others = c.perm.object.chain()
+	}
+	if c.tuple.Proto == flow.UDP {
+		others = append(others, g.destinationFilters(c, f.Server.addr)...)
+	}
+	made, err := g.fromFactories(f)
+	if err != nil {
+		return nil, err
+	}
+	return c.chain(append(others, made...)...), nil
+}
+
+// names are the addresses of the external side.
+func (g *Gateway) names(c *connection, remote netip.AddrPort) (name, peer netip.AddrPort) {
+	p, src := c.perm, c.tuple.Src
+	switch {
+	case p != nil && p.kind == inbound:
+		return c.tuple.Dst, c.tuple.Src
+	case p != nil && p.source.IsValid():
+		if p.source.Port() != 0 {
+			return p.source, remote
+		}
+		return netip.AddrPortFrom(p.source.Addr(), src.Port()), remote
+	case !g.hidden(src.Addr()):
+		return src, remote
+	}
+	return netip.AddrPortFrom(g.External, src.Port()), remote
+}
+
+// refuse ends a flow that never began.
 func (f *Flow) refuse() {
 	f.internal.reset(ErrReset)
 	f.external.reset(ErrReset)
+	f.cancel()
 	close(f.done)
+	f.gateway.flowOver(f)
+	close(f.over)
 }
 
-// pump runs the data filter and does what its result asks for.
-func (f *Flow) pump(ctx context.Context, df filterapi.DataFilter) {
-	datagram, h := f.tuple.Proto == flow.UDP, f.hands
-	err := df.Pump(ctx, f.conn,
-		&socket{flow: f, leg: f.internal, sent: ToClient, datagram: datagram, to: &h.inward, from: &h.out},
-		&socket{flow: f, leg: f.external, sent: ToServer, datagram: datagram, to: &h.out, from: &h.inward})
+// carry runs the data filters, or joins the two legs without one.
+func (f *Flow) carry(chain []attached) {
+	internal := f.internal
+	f.errs = make([]error, len(chain))
+	for i, a := range chain {
+		external, next := f.external, (*leg)(nil)
+		last := i == len(chain)-1
+		if !last {
+			external, next = newLink(f.gateway.Window)
+		}
+		if a.emulates {
+			f.Emulated = true
+			f.external.reset(errNobody)
+			external = nil
+		}
+		f.pumps.Add(1)
+		near, first := internal, i == 0
+		f.work.Go(func() {
+			f.errs[i] = f.pump(a, near, external, first, last)
+			f.pumps.Done()
+		})
+		internal = next
+	}
+	if len(chain) == 0 {
+		f.work.Go(func() { join(f.internal.fromEnd, f.external.toEnd) })
+		f.work.Go(func() { join(f.external.fromEnd, f.internal.toEnd) })
+	}
+}
+
+// finish follows the flow to its end.
+func (f *Flow) finish() {
+	f.pumps.Wait()
+	close(f.done)
+	f.work.Wait()
+	f.cancel()
+	f.gateway.flowOver(f)
+	close(f.over)
+}
+
+// flowOver tells the filter and gives back what the flow held.
+func (g *Gateway) flowOver(f *Flow) {
+	g.terminating(f.conn)
+	p := f.conn.perm
+	if p == nil {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	p.flows--
+	p.freeLocked()
+}
+
+// pump runs one data filter and does what its result asks for.
+func (f *Flow) pump(a attached, internal, external *leg, first, last bool) error {
+	h, datagram := newHands(), f.tuple.Proto == flow.UDP
+	in := &socket{flow: f, hands: h, leg: internal, datagram: datagram, to: &h.inward, from: &h.out}
+	if first {
+		in.sent = ToClient
+	}
+	var out filterapi.Socket
+	if external != nil {
+		s := &socket{flow: f, hands: h, leg: external, datagram: datagram, to: &h.out, from: &h.inward}
+		if last {
+			s.sent = ToServer
+		}
+		out = s
+	}
+	err := f.call(a.filter, in, out)
 	switch {
-	case errors.Is(err, filterapi.ErrReleased):
-		f.release()
-	case err != nil:
-		f.internal.reset(ErrReset)
-		f.external.reset(ErrReset)
+	case err == nil:
+		_ = in.Close(false) // it may be closed already
+		if out != nil {
+			_ = out.Close(false)
+		}
+	case errors.Is(err, filterapi.ErrReleased) && external != nil:
+		f.release(h, internal, external)
+	default:
+		f.reset()
+		internal.reset(ErrReset)
+		if external != nil {
+			external.reset(ErrReset)
+		}
 	}
-	f.err = err
-	close(f.done)
+	return err
 }
 
-// carry joins the two legs without the filter.
-func (f *Flow) carry() {
-	for _, way := range [][2]*leg{{f.internal, f.external}, {f.external, f.internal}} {
-		f.carriers.Go(func() { join(way[0].fromEnd, way[1].toEnd) })
-	}
+func (f *Flow) call(df filterapi.DataFilter, in, out filterapi.Socket) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = panicked{p}
+		}
+	}()
+	return df.Pump(f.ctx, f.conn, in, out)
 }
 
 func join(from, to *lane) {
@@ -135,156 +263,57 @@ func join(from, to *lane) {
 			err = to.put(seg)
 		}
 		if err != nil {
+			from.fail(ErrReset)
 			to.fail(ErrReset)
 			return
 		}
 	}
 }
 
-// kill is Connection.Kill: both ends are reset at once.
-func (f *Flow) kill() {
+// stand says once that the flow stands from end to end.
+func (f *Flow) stand() { f.stood.Do(func() { f.gateway.established(f.conn) }) }
+
+func (f *Flow) reset() {
 	f.internal.reset(ErrReset)
 	f.external.reset(ErrReset)
+}
+
+// kill is Connection.Kill: both ends are reset at once.
+func (f *Flow) kill() {
+	f.mu.Lock()
+	f.killed = true
+	f.mu.Unlock()
+	f.reset()
 	f.cancel()
 }
 
-// end stops the flow and waits for everything that carries it.
-func (f *Flow) end() {
-	f.kill()
-	<-f.done
-	f.carriers.Wait()
-}
-
-// Cut ends the connection as a policy change does: the sockets fail, the
-// context of Pump is cancelled.
+// Cut ends the flow as a policy change does: the sockets fail, the context of
+// Pump is cancelled. So does the gateway when a UDP peer was silent for too
+// long.
 func (f *Flow) Cut() { f.kill() }
 
-// Wait is the result of Pump; nil also for a flow that the filter let pass.
+// Wait is the result of Pump, of all of them if there are several; nil also for
+// a flow that the filter let pass.
 func (f *Flow) Wait() error {
 	f.gateway.tb.Helper()
+	f.await(f.done, "Pump does not return")
+	if len(f.errs) == 1 {
+		return f.errs[0]
+	}
+	return errors.Join(f.errs...)
+}
+
+// End waits until the flow is over and the filter has been told.
+func (f *Flow) End() {
+	f.gateway.tb.Helper()
+	f.await(f.over, "the flow does not end")
+}
+
+func (f *Flow) await(ch <-chan struct{}, what string) {
+	f.gateway.tb.Helper()
 	select {
-	case <-f.done:
-		return f.err
+	case <-ch:
 	case <-time.After(patience):
-		f.gateway.tb.Fatalf("filtertest: Pump does not return\n%s", f.gateway.dump())
-		return nil
+		f.gateway.tb.Fatalf("filtertest: %s: %s\n%s", f.tuple, what, f.gateway.dump())
 	}
-}
-
-// End is the client or the server of a flow, played by the test. Its methods
-// fail the test when the flow does not do its part in time.
-type End struct {
-	flow *Flow
-	name string
-	leg  *leg
-	far  netip.AddrPort
-	got  string // received and not yet expected
-}
-
-// Send sends each argument as one segment.
-func (e *End) Send(segments ...string) {
-	e.flow.gateway.tb.Helper()
-	for _, s := range segments {
-		if err := e.leg.fromEnd.put(segment{[]byte(s), e.far}); err != nil {
-			e.flow.gateway.tb.Fatalf("filtertest: %s sends %q: %v", e.name, s, err)
-		}
-	}
-}
-
-// Offer sends one segment and returns the error that an end sees which was
-// reset.
-func (e *End) Offer(text string) error {
-	return e.leg.fromEnd.put(segment{[]byte(text), e.far})
-}
-
-// Expect receives exactly this text, in any segments. More that comes with it
-// waits for the next Expect.
-func (e *End) Expect(want string) {
-	e.flow.gateway.tb.Helper()
-	for len(e.got) < len(want) && strings.HasPrefix(want, e.got) {
-		text, err := e.receive()
-		if err != nil {
-			e.flow.gateway.tb.Fatalf("filtertest: %s waits for %q, has %q: %v", e.name, want, e.got, err)
-		}
-		e.got += text
-	}
-	if !strings.HasPrefix(e.got, want) {
-		e.flow.gateway.tb.Fatalf("filtertest: %s\nhas  %q\nwant %q", e.name, e.got, want)
-	}
-	e.got = e.got[len(want):]
-}
-
-// Exchange sends one segment and expects an answer from the gateway or the far
-// end.
-func (e *End) Exchange(send, want string) {
-	e.flow.gateway.tb.Helper()
-	e.Send(send)
-	e.Expect(want)
-}
-
-// ReadAll receives until the stream ends or is reset, and says which.
-func (e *End) ReadAll() (string, error) {
-	for {
-		text, err := e.receive()
-		if err != nil {
-			all := e.got
-			e.got = ""
-			if errors.Is(err, io.EOF) {
-				err = nil
-			}
-			return all, err
-		}
-		e.got += text
-	}
-}
-
-// ExpectEOF waits for an orderly end with nothing before it.
-func (e *End) ExpectEOF() {
-	e.flow.gateway.tb.Helper()
-	if rest, err := e.ReadAll(); rest != "" || err != nil {
-		e.flow.gateway.tb.Fatalf("filtertest: %s waits for the end, has %q, %v", e.name, rest, err)
-	}
-}
-
-// ExpectReset waits for a reset.
-func (e *End) ExpectReset() {
-	e.flow.gateway.tb.Helper()
-	if rest, err := e.ReadAll(); !errors.Is(err, ErrReset) {
-		e.flow.gateway.tb.Fatalf("filtertest: %s waits for a reset, has %q, %v", e.name, rest, err)
-	}
-}
-
-// Waiting is what has arrived and was not yet expected. It does not wait; in a
-// synctest bubble, after synctest.Wait, it is all that will come.
-func (e *End) Waiting() string {
-	l := e.leg.toEnd
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	text := e.got
-	for _, s := range l.segs {
-		text += string(s.data)
-	}
-	return text
-}
-
-// Addr is the address of this end with another port.
-func (e *End) Addr(port uint16) netip.AddrPort {
-	if e == e.flow.Client {
-		return netip.AddrPortFrom(e.flow.tuple.Src.Addr(), port)
-	}
-	return netip.AddrPortFrom(e.flow.tuple.Dst.Addr(), port)
-}
-
-// CloseWrite sends a FIN; the end can still receive.
-func (e *End) CloseWrite() { e.leg.fromEnd.end() }
-
-// Reset resets the connection.
-func (e *End) Reset() { e.leg.reset(ErrReset) }
-
-func (e *End) receive() (string, error) {
-	late := errors.New("nothing came in time")
-	timer := time.AfterFunc(patience, func() { e.leg.toEnd.fail(late) })
-	defer timer.Stop()
-	seg, err := e.leg.toEnd.take(1<<20, false, nil)
-	return string(seg.data), err
 }

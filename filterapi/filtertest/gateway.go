@@ -6,13 +6,16 @@
 // hold back. Streams keep the segment boundaries that the test chose, and a
 // journal tells what was permitted and what was sent, in order.
 //
-// It works inside a testing/synctest bubble, where the 60 seconds of a
-// permission pass at once.
+// # Time
+//
+// Everything in the machine waits on package time. In a testing/synctest
+// bubble the clock therefore is in the test's hands: time.Sleep(time.Minute)
+// moves it by a minute at once, with every permission that expires on the way,
+// and synctest.Wait returns when the filter has nothing left to do.
 package filtertest
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -35,49 +38,94 @@ type Gateway struct {
 	// Routed: nothing is translated, external names are the clients' own. IPv6
 	// always is.
 	Routed bool
-	// External is the gateway's external address; 203.0.113.1 by default.
-	External netip.Addr
-	// Quota bounds the permissions of one session; 0: no bound.
+	// External and External6 are the gateway's addresses outside, Inside and
+	// Inside6 those inside. By default 203.0.113.1, 2001:db8:b::1, 10.0.0.1
+	// and fd00:a::1.
+	External, External6, Inside, Inside6 netip.Addr
+	// Own are more addresses of the gateway's, which a call may ask for.
+	Own []netip.Addr
+	// Networks are what ToSameNetwork means; none: the same as ToSameNet.
+	Networks []netip.Prefix
+	// Quota bounds the permissions of one client; 0: no bound.
 	Quota int
-	// Ports is how many external ports there are to lease, from 40000 on.
+	// Ports is how many external ports there are to lease, from 40000 on, and
+	// as many inside, from 41000 on.
 	Ports int
 	// Refuse, if not nil, is the answer to every permission call.
 	Refuse error
+	// Access is the access rules: it answers for each flow and each permission
+	// call, for instance with ErrPolicyDenied or ErrNetworkDenied. Protocol is
+	// always set; a bind has no target. nil: everything is allowed.
+	Access func(client netip.Addr, q filterapi.HostAccess) error
+	// Unnamed: no rule names the filter, so that it hears of flows only with
+	// Events.AnyProtocol.
+	Unnamed bool
+	// HandlerTime is what the handler of one event has; 5 s by default.
+	HandlerTime time.Duration
 	// Window is how many bytes a stream holds before a send blocks.
 	Window int
+	// ClientRefuses, if not nil, is the answer of clients that a filter
+	// connects to with EmulateConnection, for instance syscall.ECONNREFUSED.
+	ClientRefuses error
 	// Log is what the filter logged.
 	Log *observer.ObservedLogs
 
-	tb       testing.TB
-	filter   filterapi.Filter
-	events   filterapi.Events
-	options  any
-	journal  journal
-	gates    gates
-	mu       sync.Mutex
-	sessions []*session
-	living   []*permission
-	nextPort int
+	tb      testing.TB
+	filter  filterapi.Filter
+	events  filterapi.Events
+	options any
+	journal journal
+	gates   gates
+	wire    wire
+
+	mu           sync.Mutex
+	sessions     []*session
+	flows        []*Flow
+	living       []*permission // wait for their use
+	leases       map[lease]*permission
+	retired      map[lease]time.Time // inside addresses that still refuse
+	factories    []*factory
+	destinations []destination
+	nextPort     int
+	nextVia      int
+	nextClient   uint16
 }
 
 // New initialises a filter and gives it the options of one rule in YAML; empty:
-// none. At the end of the test the filter is shut down.
+// none. At the end of the test every session ends and the filter is shut down.
 func New(tb testing.TB, f filterapi.Filter, options string) *Gateway {
 	tb.Helper()
 	core, logs := observer.New(zap.DebugLevel)
 	g := &Gateway{
-		External: netip.MustParseAddr("203.0.113.1"), Ports: 1000, Window: 64 << 10,
+		External: netip.MustParseAddr("203.0.113.1"), External6: netip.MustParseAddr("2001:db8:b::1"),
+		Inside: netip.MustParseAddr("10.0.0.1"), Inside6: netip.MustParseAddr("fd00:a::1"),
+		Ports: 1000, Window: 64 << 10, HandlerTime: 5 * time.Second,
 		Log: logs, tb: tb, filter: f,
+		leases: make(map[lease]*permission), retired: make(map[lease]time.Time),
 	}
+	g.wire.init()
 	var err error
 	if g.options, err = ParseOptions(f, options); err != nil {
 		tb.Fatalf("filtertest: options: %v", err)
 	}
-	if g.events, err = f.Init(firewall{log: zap.New(core)}); err != nil {
+	if g.events, err = f.Init(firewall{g.network(nil), g, zap.New(core)}); err != nil {
 		tb.Fatalf("filtertest: Init: %v", err)
 	}
-	tb.Cleanup(f.Shutdown)
+	tb.Cleanup(g.close)
 	return g
+}
+
+// close ends everything as a gateway that stops.
+func (g *Gateway) close() {
+	g.gates.open()
+	g.mu.Lock()
+	all := slices.Clone(g.sessions)
+	g.mu.Unlock()
+	for _, s := range all {
+		g.endSession(s)
+	}
+	g.filter.Shutdown()
+	g.wire.close()
 }
 
 // ParseOptions gives a filter the options of a rule, in YAML, as the gateway
@@ -98,117 +146,38 @@ func ParseOptions(f filterapi.Filter, options string) (any, error) {
 	})
 }
 
-type firewall struct {
-	network
-	log *zap.Logger
+// external and inside are the gateway's addresses of a family.
+func (g *Gateway) external(of netip.Addr) netip.Addr {
+	if of.Is6() {
+		return g.External6
+	}
+	return g.External
 }
 
-func (f firewall) Logger() *zap.Logger { return f.log }
-
-// session finds or makes the session of a client and attaches the filter.
-func (g *Gateway) session(client netip.Addr) *session {
-	g.mu.Lock()
-	for _, s := range g.sessions {
-		if s.addr == client && !s.ended {
-			g.mu.Unlock()
-			return s
-		}
+func (g *Gateway) inside(of netip.Addr) netip.Addr {
+	if of.Is6() {
+		return g.Inside6
 	}
-	s := &session{gateway: g, id: uint64(len(g.sessions) + 1), addr: client}
-	g.sessions = append(g.sessions, s)
-	g.mu.Unlock()
-	sf, events, err := g.filter.AttachToSession(s)
-	if err != nil {
-		g.tb.Fatalf("filtertest: AttachToSession: %v", err)
-	}
-	s.filter, s.events = sf, events
-	return s
+	return g.Inside
 }
 
-// EndSession ends a client's session as a disconnect does: its permissions are
-// void, calls fail with ErrTerminating, and the filter is detached.
-func (g *Gateway) EndSession(client netip.Addr) {
-	g.mu.Lock()
-	var ended []*session
-	for _, s := range g.sessions {
-		if s.addr == client && !s.ended {
-			s.ended = true
-			ended = append(ended, s)
-		}
-	}
-	var void []*permission
-	for _, p := range g.living {
-		if slices.Contains(ended, p.session) {
-			void = append(void, p)
-		}
-	}
-	g.mu.Unlock()
-	for _, p := range void {
-		p.end(Cancelled)
-	}
-	for _, s := range ended {
-		if s.filter != nil {
-			s.filter.Detach()
-		}
-	}
+// owns says whether an address is one of the gateway's.
+func (g *Gateway) owns(a netip.Addr) bool {
+	return slices.Contains([]netip.Addr{g.External, g.External6, g.Inside, g.Inside6}, a) || slices.Contains(g.Own, a)
 }
 
-// handle calls a session filter as the gateway does: with a deadline, and a
-// panic is an error.
-func (g *Gateway) handle(f filterapi.SessionFilter, ev filterapi.Event) (err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), handlerTime)
-	defer cancel()
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic in handler: %v", p)
-		}
-	}()
-	return f.HandleEvent(ctx, ev)
-}
+// hidden says whether a client is translated.
+func (g *Gateway) hidden(client netip.Addr) bool { return !g.Routed && !client.Is6() }
 
-// handlerTime is what a handler has for one event.
-const handlerTime = 800 * time.Millisecond
-
-// raise offers an event to the filter and says what it made of the connection.
-func (g *Gateway) raise(fl *Flow, ev filterapi.Event) error {
-	s := fl.session
-	if s.filter == nil || s.events.Types&ev.Kind() == 0 {
+// access asks the rules.
+func (g *Gateway) access(client netip.Addr, protocol string, proto flow.Proto, target netip.AddrPort) error {
+	if protocol == "" {
+		protocol = g.filter.Name()
+	}
+	if g.Access == nil {
 		return nil
 	}
-	fl.conn.setHandling(true)
-	defer fl.conn.setHandling(false)
-	return g.handle(s.filter, ev)
-}
-
-// Connect raises the event of a new TCP connection and, if the filter attached
-// itself, starts its Pump. A denied connection fails the test; see Offer.
-func (g *Gateway) Connect(client, server netip.AddrPort) *Flow {
-	g.tb.Helper()
-	fl, err := g.Offer(client, server)
-	if err != nil {
-		g.tb.Fatalf("filtertest: connect %s > %s: %v", client, server, err)
-	}
-	return fl
-}
-
-// Offer is Connect that returns what the filter said: ErrPolicyDenied when it
-// denied the connection, or the error of its handler.
-func (g *Gateway) Offer(client, server netip.AddrPort) (*Flow, error) {
-	fl := g.newFlow(flow.TCP, client, server)
-	err := g.raise(fl, &filterapi.ConnectEvent{About: g.about(fl), Target: server})
-	return fl, fl.start(err)
-}
-
-// Associate raises the event of a new UDP destination and, if the filter
-// attached itself, starts its Pump. A segment is a datagram.
-func (g *Gateway) Associate(client, peer netip.AddrPort) (*Flow, error) {
-	fl := g.newFlow(flow.UDP, client, peer)
-	err := g.raise(fl, &filterapi.UDPDestinationEvent{About: g.about(fl), Peer: peer})
-	return fl, fl.start(err)
-}
-
-func (g *Gateway) about(fl *Flow) filterapi.About {
-	return filterapi.About{Connection: fl.conn, Protocol: g.filter.Name(), Rule: "test", Options: g.options}
+	return g.Access(client, filterapi.HostAccess{Protocol: protocol, Proto: proto, Target: target})
 }
 
 // gates hold back the kernel's acknowledgements.
@@ -224,20 +193,30 @@ func (g *Gateway) HoldKernel() (release func()) {
 	g.gates.mu.Lock()
 	g.gates.closed = ch
 	g.gates.mu.Unlock()
-	return sync.OnceFunc(func() {
-		g.gates.mu.Lock()
-		g.gates.closed = nil
-		g.gates.mu.Unlock()
+	return func() { g.gates.openIf(ch) }
+}
+
+// openIf lets those go on that wait at one gate.
+func (s *gates) openIf(ch chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed == ch && ch != nil {
+		s.closed = nil
 		close(ch)
-	})
+	}
+}
+
+func (s *gates) open() { s.openIf(s.gate()) }
+
+func (s *gates) gate() chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.closed
 }
 
 // acknowledge returns when the kernel has answered.
 func (g *Gateway) acknowledge() {
-	g.gates.mu.Lock()
-	ch := g.gates.closed
-	g.gates.mu.Unlock()
-	if ch != nil {
+	if ch := g.gates.gate(); ch != nil {
 		<-ch
 	}
 }

@@ -14,18 +14,27 @@ type What string
 // kernel has acknowledged: what leaves between the two was announced too
 // early.
 const (
-	Asked     What = "asked"     // a permission call began; Text says which
-	Allowed   What = "allowed"   // AllowFutureConnect is in force
-	Reserved  What = "reserved"  // BindForClient with an empty IPFilter
-	Bound     What = "bound"     // BindForClient that lets somebody in
-	Armed     What = "armed"     // SetIPFilter
-	Used      What = "used"      // a single-use permission was used up
-	Cancelled What = "cancelled" // Action.Cancel
-	Killed    What = "killed"    // Connection.Kill of a bind
-	Expired   What = "expired"   // the Timeout flag
-	ToClient  What = "client<"   // the filter sent Text to the client
-	ToServer  What = "server<"   // the filter sent Text to the server
-	Lost      What = "lost"      // the filter gave the flow back and kept Text too long
+	Asked       What = "asked"       // a permission call began; Text says which
+	Allowed     What = "allowed"     // AllowFutureConnect is in force
+	Redirected  What = "redirected"  // RedirectConnections is in force, one entry for each target
+	Reserved    What = "reserved"    // BindForClient that lets nobody in yet
+	Bound       What = "bound"       // BindForClient that lets somebody in
+	Discards    What = "discards"    // a bind that discards what comes
+	Approved    What = "approved"    // RetroactiveAllowBind
+	Armed       What = "armed"       // SetIPFilter
+	Factory     What = "factory"     // SetDataFilterFactory
+	Emulates    What = "emulates"    // EmulateForBind, EmulateClientBind, EmulateConnection
+	Used        What = "used"        // a single-use permission was used up
+	Cancelled   What = "cancelled"   // Action.Cancel, or the end of the session
+	Killed      What = "killed"      // Connection.Kill of a bind
+	Expired     What = "expired"     // the Timeout flag
+	Opened      What = "opened"      // a socket of the gateway's own
+	Shut        What = "shut"        // such a socket was closed
+	Established What = "established" // an EstablishedEvent was raised
+	Failed      What = "failed"      // the filter failed; Text is the error
+	ToClient    What = "client<"     // the filter sent Text to the client
+	ToServer    What = "server<"     // the filter sent Text to the server
+	Lost        What = "lost"        // the filter gave the flow back and kept Text too long
 )
 
 // Entry is one thing that happened.
@@ -34,6 +43,8 @@ type Entry struct {
 	// Text is what was sent, or the permission in words:
 	//
 	//	tcp 10.0.0.2 > 203.0.113.10:5001                      future connect
+	//	tcp 10.0.0.2 > 203.0.113.10:5001 as 203.0.113.2:0     from an asked address
+	//	tcp 10.0.0.2 > 10.0.0.1:41000 > 203.0.113.10:5001     redirection
 	//	tcp 203.0.113.1:40000 > 10.0.0.2:5001 from [203.0.113.10]   bind
 	Text string
 }
@@ -71,7 +82,7 @@ func (g *Gateway) Permissions() []string {
 	var out []string
 	for _, e := range g.journal.all() {
 		switch e.What {
-		case ToClient, ToServer, Asked, Lost:
+		case ToClient, ToServer, Asked, Lost, Established, Failed:
 		default:
 			out = append(out, e.String())
 		}

@@ -10,34 +10,78 @@ import (
 	"github.com/sluicegw/sluice/flow"
 )
 
-// permission is one future connect or one bind, from the call to its end. All
-// fields are guarded by Gateway.mu.
+// kind is what a permission is for.
+type kind uint8
+
+const (
+	outbound   kind = iota // a future connect
+	inbound                // a bind
+	redirected             // an inside address that leads to a target
+)
+
+// permission is one address that a call opened, from the call to its end. What
+// changes is guarded by Gateway.mu.
 type permission struct {
-	gateway  *Gateway
-	session  *session
-	proto    flow.Proto
-	client   netip.AddrPort // for a future connect the port is 0
-	target   netip.AddrPort // of a future connect
+	gateway *Gateway
+	session *session
+	primary *connection // nil: none
+	object  *connection // of a bind
+	kind    kind
+	ask     filterapi.Negotiated
+
+	client   netip.AddrPort // the port of an outbound one is 0
+	target   netip.AddrPort // of an outbound or redirected one
+	via      netip.AddrPort // of a redirected one
 	external netip.AddrPort // of a bind
-	sources  *filterapi.IPFilter
-	multiple bool
-	expiry   time.Duration
-	timer    *time.Timer
-	live     bool // the kernel has acknowledged it
-	gone     bool
+	source   netip.AddrPort // the asked external address of the others
+	leased   bool
+	toUser   bool // flows go through user space
+	explicit bool // a client made the bind, not the filter
+
+	sources    *filterapi.IPFilter
+	discarding bool
+	waiting    bool // for a client address
+	oneWay     bool // the client may not answer
+	timer      *time.Timer
+	live       bool // the kernel has acknowledged it
+	opened     bool // it was live
+	emulated   bool // a filter plays the bind: nothing is open
+	gone       bool
+	flows      int // living ones
 }
 
-func (p *permission) bind() bool { return p.external.IsValid() }
+func (g *Gateway) newPermission(s *session, k kind, n filterapi.Negotiated, primary *connection) *permission {
+	return &permission{
+		gateway: g, session: s, primary: primary, kind: k, ask: n,
+		toUser: n.Flags&filterapi.NoKernelMode != 0,
+		oneWay: k == inbound && n.Proto == flow.UDP && n.Flags&filterapi.Bidirectional == 0,
+	}
+}
+
+func (p *permission) multiple() bool { return p.ask.Flags&filterapi.AllowMultiple != 0 }
 
 func (p *permission) String() string {
-	if !p.bind() {
-		return fmt.Sprintf("%s %s > %s", p.proto, p.client.Addr(), p.target)
+	switch p.kind {
+	case outbound:
+		return fmt.Sprintf("%s %s > %s%s", p.ask.Proto, p.client.Addr(), p.target, p.asSource())
+	case redirected:
+		return fmt.Sprintf("%s %s > %s > %s%s", p.ask.Proto, p.client.Addr(), p.via, p.target, p.asSource())
 	}
-	from := "everybody"
+	from, to := "everybody", p.client.String()
 	if p.sources != nil {
 		from = fmt.Sprint(hosts(p.sources))
 	}
-	return fmt.Sprintf("%s %s > %s from %s", p.proto, p.external, p.client, from)
+	if p.waiting {
+		to = "nobody yet"
+	}
+	return fmt.Sprintf("%s %s > %s from %s", p.ask.Proto, p.external, to, from)
+}
+
+func (p *permission) asSource() string {
+	if !p.source.IsValid() {
+		return ""
+	}
+	return fmt.Sprintf(" as %s", p.source)
 }
 
 // hosts are the sources of a filter; a range is its prefix.
@@ -55,13 +99,23 @@ func hosts(f *filterapi.IPFilter) []string {
 
 // startTimer (re)starts the expiry of a permission. Gateway.mu is held.
 func (p *permission) startTimer() {
-	if p.expiry == 0 {
+	if p.ask.Flags&filterapi.Timeout == 0 {
 		return
 	}
 	if p.timer != nil {
 		p.timer.Stop()
 	}
-	p.timer = time.AfterFunc(p.expiry, func() { p.end(Expired) })
+	d := p.ask.Expiry
+	if d == 0 {
+		d = filterapi.DefaultTimeout
+	}
+	p.timer = time.AfterFunc(d, func() { p.end(Expired) })
+}
+
+func (p *permission) isGone() bool {
+	p.gateway.mu.Lock()
+	defer p.gateway.mu.Unlock()
+	return p.gone
 }
 
 // end closes the permission once; false: it was gone.
@@ -75,20 +129,52 @@ func (p *permission) end(how What) bool {
 	p.endLocked()
 	text := p.String()
 	g.mu.Unlock()
-	g.journal.add(Entry{how, text})
+	p.ended(how, text)
 	return true
 }
 
+// ended says what has come of a permission.
+func (p *permission) ended(how What, text string) {
+	p.gateway.journal.add(Entry{how, text})
+	if p.object != nil {
+		p.gateway.terminating(p.object)
+	}
+}
+
+// endLocked takes the permission out of force. Gateway.mu is held.
 func (p *permission) endLocked() {
-	p.gone = true
+	p.gone, p.live = true, false
 	if p.timer != nil {
 		p.timer.Stop()
 	}
 	g := p.gateway
 	g.living = slices.DeleteFunc(g.living, func(q *permission) bool { return q == p })
+	p.freeLocked()
 }
 
-// action is what AllowFutureConnect returns.
+// freeLocked gives a leased address back when nothing needs it any more.
+// Gateway.mu is held.
+func (p *permission) freeLocked() {
+	if !p.gone || p.flows > 0 {
+		return
+	}
+	g := p.gateway
+	for l, owner := range g.leases {
+		if owner != p {
+			continue
+		}
+		delete(g.leases, l)
+		if p.kind == redirected && p.opened {
+			g.retired[l] = time.Now()
+		}
+	}
+}
+
+// refusing is how long the inside address of a redirection that is over still
+// refuses whoever connects to it.
+const refusing = 2 * time.Minute
+
+// action is what cancels a permission.
 type action struct{ p *permission }
 
 func (a action) Cancel() error {
@@ -98,52 +184,13 @@ func (a action) Cancel() error {
 	return nil
 }
 
-// Dial uses a future connect, as a client's secondary connection does: true if
-// it is let through. It is always decided without waiting.
-func (g *Gateway) Dial(proto flow.Proto, client netip.Addr, target netip.AddrPort) bool {
-	return g.use(proto, func(p *permission) bool {
-		return !p.bind() && p.client.Addr() == client && p.target == target
-	}) != nil
-}
-
-// Arrive uses a bind, as a connection from source to an external address does:
-// where it is sent, and whether it is let in.
-func (g *Gateway) Arrive(proto flow.Proto, source netip.Addr, external netip.AddrPort) (client netip.AddrPort, in bool) {
-	p := g.use(proto, func(p *permission) bool {
-		return p.external == external && p.sources.Includes(source)
-	})
-	if p == nil {
-		return netip.AddrPort{}, false
-	}
-	return p.client, true
-}
-
-func (g *Gateway) use(proto flow.Proto, fits func(*permission) bool) *permission {
-	g.mu.Lock()
-	i := slices.IndexFunc(g.living, func(p *permission) bool { return p.live && p.proto == proto && fits(p) })
-	if i < 0 {
-		g.mu.Unlock()
-		return nil
-	}
-	p := g.living[i]
-	text := p.String()
-	if !p.multiple {
-		p.endLocked()
-	}
-	g.mu.Unlock()
-	if !p.multiple {
-		g.journal.add(Entry{Used, text})
-	}
-	return p
-}
-
 // Open lists the permissions in force, reserved ones included.
 func (g *Gateway) Open() []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	out := []string{}
 	for _, p := range g.living {
-		if p.live {
+		if p.live && !p.emulated {
 			out = append(out, p.String())
 		}
 	}

@@ -112,20 +112,20 @@ func (h *hands) empty(w *way) (lost []string) {
 	return lost
 }
 
-// release calls the filter's receives off and lets each direction go on
-// without it when it has sent on what it has in its hands.
-func (f *Flow) release() {
-	f.hands.mu.Lock()
-	f.hands.gone = true
-	f.hands.mu.Unlock()
-	f.internal.fromEnd.callOff()
-	f.external.fromEnd.callOff()
+// release calls a filter's receives off and lets each direction go on without
+// it when it has sent on what it has in its hands.
+func (f *Flow) release(h *hands, internal, external *leg) {
+	h.mu.Lock()
+	h.gone = true
+	h.mu.Unlock()
+	internal.fromEnd.callOff()
+	external.fromEnd.callOff()
 	for _, x := range []struct {
 		way      *way
 		from, to *leg
-	}{{&f.hands.out, f.internal, f.external}, {&f.hands.inward, f.external, f.internal}} {
-		f.carriers.Go(func() {
-			for _, text := range f.hands.empty(x.way) {
+	}{{&h.out, internal, external}, {&h.inward, external, internal}} {
+		f.work.Go(func() {
+			for _, text := range h.empty(x.way) {
 				f.gateway.journal.add(Entry{What: Lost, Text: text})
 			}
 			join(x.from.fromEnd, x.to.toEnd)

@@ -3,7 +3,8 @@ package filtertest
 import (
 	"fmt"
 	"net/netip"
-	"time"
+	"slices"
+	"sync"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
@@ -14,175 +15,236 @@ type session struct {
 	gateway *Gateway
 	id      uint64
 	addr    netip.Addr
-	filter  filterapi.SessionFilter
-	events  filterapi.Events
+	private bool
+	user    string
 	ended   bool // guarded by Gateway.mu
+	refs    int  // calls of ClientSession without their Close; guarded by Gateway.mu
+
+	attaching sync.Mutex // held while the filter is asked
+	mu        sync.Mutex
+	part      *attachment
+}
+
+// attachment is the filter's part in a session.
+type attachment struct {
+	filter filterapi.SessionFilter // nil: not interested
+	events filterapi.Events
+}
+
+// handle is a session that a filter asked for; it is given back once.
+type handle struct {
+	*session
+	once sync.Once
+}
+
+// session finds or makes the transparent session of a client.
+func (g *Gateway) session(client netip.Addr) *session {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, s := range g.sessions {
+		if s.addr == client && !s.ended && !s.private {
+			return s
+		}
+	}
+	return g.newSession(client)
+}
+
+// newSession makes one. Gateway.mu is held.
+func (g *Gateway) newSession(client netip.Addr) *session {
+	s := &session{gateway: g, id: uint64(len(g.sessions) + 1), addr: client}
+	g.sessions = append(g.sessions, s)
+	return s
+}
+
+func (s *session) attached() *attachment {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.part
+}
+
+// attach asks the filter once; after an error it is asked again the next time.
+func (s *session) attach() (*attachment, error) {
+	s.attaching.Lock()
+	defer s.attaching.Unlock()
+	if a := s.attached(); a != nil {
+		return a, nil
+	}
+	a := &attachment{}
+	f, ev, err := s.gateway.filter.AttachToSession(s)
+	if err != nil {
+		return nil, fmt.Errorf("attach to session: %w", err)
+	}
+	a.filter, a.events = f, ev
+	s.mu.Lock()
+	s.part = a
+	s.mu.Unlock()
+	return a, nil
+}
+
+// EndSession ends the sessions of a client as a disconnect does: their flows
+// are cut, their permissions are void, calls fail with ErrTerminating, and when
+// the filter has heard of all that it is detached. It returns then, or at once
+// while the kernel is held.
+func (g *Gateway) EndSession(client netip.Addr) {
+	g.mu.Lock()
+	all := slices.Clone(g.sessions)
+	g.mu.Unlock()
+	for _, s := range all {
+		if s.addr == client {
+			g.endSession(s)
+		}
+	}
+}
+
+func (g *Gateway) endSession(s *session) {
+	g.mu.Lock()
+	if s.ended {
+		g.mu.Unlock()
+		return
+	}
+	s.ended = true
+	var void []*permission
+	for _, p := range g.living {
+		if p.session == s {
+			void = append(void, p)
+		}
+	}
+	var cut []*Flow
+	for _, f := range g.flows {
+		if f.session == s {
+			cut = append(cut, f)
+		}
+	}
+	g.factories = slices.DeleteFunc(g.factories, func(f *factory) bool { return f.session == s })
+	g.mu.Unlock()
+	for _, p := range void {
+		p.end(Cancelled)
+	}
+	for _, f := range cut {
+		f.kill()
+	}
+	g.wire.closeOf(s)
+	last := func() {
+		for _, f := range cut {
+			<-f.over
+		}
+		if a := s.attached(); a != nil && a.filter != nil {
+			a.filter.Detach()
+		}
+	}
+	if g.gates.gate() != nil {
+		go last()
+		return
+	}
+	last()
+}
+
+// lives is false once the session has ended.
+func (s *session) lives() bool {
+	s.gateway.mu.Lock()
+	defer s.gateway.mu.Unlock()
+	return !s.ended
+}
+
+func (s *session) source() filterapi.Sources {
+	if s.private {
+		return filterapi.Explicit
+	}
+	return filterapi.Transparent
 }
 
 func (s *session) ID() uint64             { return s.id }
 func (s *session) ClientAddr() netip.Addr { return s.addr }
+func (s *session) User() string           { return s.user }
+func (s *session) Close()                 {}
 
-const (
-	reachFlags   = filterapi.ToSameNet | filterapi.ToSameNetwork | filterapi.ToAll
-	bindFlags    = filterapi.AllowMultiple | filterapi.Timeout | filterapi.NoKernelMode | reachFlags
-	connectFlags = bindFlags
-)
-
-func (s *session) AllowFutureConnect(fc filterapi.FutureConnect) (filterapi.Action, error) {
-	p := &permission{
-		gateway: s.gateway, session: s, proto: fc.Proto,
-		client: netip.AddrPortFrom(s.addr, 0), target: fc.Target,
-		multiple: fc.Flags&filterapi.AllowMultiple != 0, expiry: expiry(fc.Flags, fc.Expiry),
+func (s *session) Flags() filterapi.SessionFlags {
+	f := filterapi.SessionNAT
+	if s.private {
+		f = filterapi.SessionPrivate
 	}
+	if s.user != "" {
+		f |= filterapi.SessionAuthenticated
+	}
+	if !s.lives() {
+		f |= filterapi.SessionTerminated
+	}
+	return f
+}
+
+// AttachFilter implements filterapi.Session. The machine has one filter.
+func (s *session) AttachFilter(name string) error {
 	switch {
-	case fc.Flags&^connectFlags != 0, !knownProto(fc.Proto), !fc.Target.IsValid(), fc.Target.Port() == 0, fc.Expiry < 0:
-		return nil, fmt.Errorf("future connect to %s: %w", fc.Target, filterapi.ErrInvalidArgument)
-	case !reaches(fc.Flags, fc.Target.Addr(), peerOf(fc.Primary)):
-		return nil, fmt.Errorf("future connect to %s: %w", fc.Target, filterapi.ErrPolicyDenied)
+	case name != s.gateway.filter.Name():
+		return fmt.Errorf("filter %q: %w", name, filterapi.ErrNotFound)
+	case !s.lives():
+		return filterapi.ErrTerminating
 	}
-	if err := s.gateway.install(p, Allowed); err != nil {
-		return nil, fmt.Errorf("future connect to %s: %w", fc.Target, err)
-	}
-	return action{p}, nil
+	_, err := s.attach()
+	return err
 }
 
-func (s *session) BindForClient(b filterapi.Bind) ([]filterapi.Connection, error) {
-	client := b.Clients[0]
-	p := &permission{
-		gateway: s.gateway, session: s, proto: b.Proto, client: client,
-		sources: b.IPFilter.Clone(), multiple: b.Flags&filterapi.AllowMultiple != 0,
-		expiry: expiry(b.Flags, b.Expiry),
-	}
+// HostAccessCheck implements filterapi.Session.
+func (s *session) HostAccessCheck(q filterapi.HostAccess) error {
 	switch {
-	case b.Flags&^bindFlags != 0, !knownProto(b.Proto), !client.IsValid(), client.Port() == 0, b.Expiry < 0:
-		return nil, fmt.Errorf("bind for %s: %w", client, filterapi.ErrInvalidArgument)
-	case !reaches(b.Flags, client.Addr(), s.addr):
-		return nil, fmt.Errorf("bind for %s: %w", client, filterapi.ErrPolicyDenied)
+	case !q.Target.IsValid(), q.Target.Addr().Is4() != s.addr.Is4(),
+		q.Protocol == "" && (!q.Proto.HasPorts() || q.Target.Port() == 0):
+		return fmt.Errorf("host access check of %v: %w", q.Target, filterapi.ErrInvalidArgument)
+	case !s.lives():
+		return filterapi.ErrTerminating
+	case s.gateway.Access == nil:
+		return nil
 	}
-	how := Bound
-	if b.IPFilter != nil && len(b.IPFilter.Prefixes()) == 0 {
-		how = Reserved
-	}
-	if err := s.gateway.install(p, how); err != nil {
-		return nil, fmt.Errorf("bind for %s: %w", client, err)
-	}
-	return []filterapi.Connection{&bound{p: p}}, nil
+	return s.gateway.Access(s.addr, q)
 }
 
-func knownProto(p flow.Proto) bool { return p == flow.TCP || p == flow.UDP }
+// Network implements filterapi.Session.
+func (s *session) Network() filterapi.Network { return s.gateway.network(s) }
 
-func expiry(f filterapi.Flags, d time.Duration) time.Duration {
-	switch {
-	case f&filterapi.Timeout == 0:
-		return 0
-	case d == 0:
-		return filterapi.DefaultTimeout
-	}
-	return d
+// Close implements filterapi.Session.
+func (h *handle) Close() {
+	h.once.Do(func() {
+		g := h.gateway
+		g.mu.Lock()
+		h.refs--
+		last := h.private
+		g.mu.Unlock()
+		if last {
+			g.endSession(h.session)
+		}
+	})
 }
 
-func peerOf(c filterapi.Connection) netip.Addr {
-	if c == nil {
-		return netip.Addr{}
+// client says whether an address may have a session.
+func (g *Gateway) client(a netip.Addr) error {
+	if !a.IsValid() || a.IsUnspecified() || a.IsMulticast() || a.Is4In6() || a.Zone() != "" || a == netip.AddrFrom4([4]byte{255, 255, 255, 255}) || g.owns(a) {
+		return fmt.Errorf("session of %v: %w", a, filterapi.ErrInvalidArgument)
 	}
-	return c.Tuple().Dst.Addr()
+	return nil
 }
 
-// reaches says whether an address may be named: only the own one, unless a
-// flag widens that. The machine knows no networks, so ToSameNetwork is the /24
-// or /64 as well.
-func reaches(f filterapi.Flags, a, own netip.Addr) bool {
-	switch {
-	case a == own, f&filterapi.ToAll != 0:
-		return true
-	case f&(filterapi.ToSameNet|filterapi.ToSameNetwork) == 0, !own.IsValid():
-		return false
+func (f firewall) ClientSession(client netip.Addr) (filterapi.Session, error) {
+	if err := f.gateway.client(client); err != nil {
+		return nil, err
 	}
-	bits := 24
-	if own.Is6() {
-		bits = 64
-	}
-	near, err := own.Prefix(bits)
-	return err == nil && near.Contains(a)
+	s := f.gateway.session(client)
+	f.gateway.mu.Lock()
+	s.refs++
+	f.gateway.mu.Unlock()
+	return &handle{session: s}, nil
 }
 
-// install is the kernel: it checks what the real one checks, in the same
-// order, waits for the acknowledgement, and only then is the permission in
-// force.
-func (g *Gateway) install(p *permission, how What) error {
-	g.mu.Lock()
-	text := p.String()
-	if how != Allowed {
-		text = fmt.Sprintf("%s bind for %s", p.proto, p.client)
+func (f firewall) PrivateSession(client netip.Addr, user string) (filterapi.Session, error) {
+	if err := f.gateway.client(client); err != nil {
+		return nil, err
 	}
-	g.journal.add(Entry{Asked, text})
-	err := g.admit(p, how)
-	g.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	g.acknowledge()
+	g := f.gateway
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if p.session.ended || p.gone {
-		p.endLocked()
-		return filterapi.ErrTerminating
-	}
-	p.live = true
-	p.startTimer()
-	g.journal.add(Entry{how, p.String()})
-	return nil
+	s := g.newSession(client)
+	s.private, s.user, s.refs = true, user, 1
+	return &handle{session: s}, nil
 }
 
-// admit checks and leases. Gateway.mu is held.
-func (g *Gateway) admit(p *permission, how What) error {
-	switch {
-	case p.session.ended:
-		return filterapi.ErrTerminating
-	case g.Refuse != nil:
-		return g.Refuse
-	case g.Quota > 0 && g.held(p.session) >= g.Quota:
-		return filterapi.ErrQuota
-	}
-	if how != Allowed {
-		if g.Routed || p.client.Addr().Is6() {
-			p.external = p.client
-		} else {
-			ext, err := g.leasePort()
-			if err != nil {
-				return err
-			}
-			p.external = ext
-		}
-	}
-	g.living = append(g.living, p)
-	return nil
-}
-
-func (g *Gateway) held(s *session) int {
-	n := 0
-	for _, p := range g.living {
-		if p.session == s {
-			n++
-		}
-	}
-	return n
-}
-
-func (g *Gateway) leasePort() (netip.AddrPort, error) {
-	for i := range g.Ports {
-		ext := netip.AddrPortFrom(g.External, uint16(firstPort+(g.nextPort+i)%g.Ports))
-		taken := false
-		for _, p := range g.living {
-			taken = taken || p.external == ext
-		}
-		if !taken {
-			g.nextPort += i + 1
-			return ext, nil
-		}
-	}
-	return netip.AddrPort{}, filterapi.ErrNoPorts
-}
-
-// firstPort is the first external port that the machine leases.
-const firstPort = 40000
+// knownProto says whether a protocol has ports, so that it can be permitted.
+func knownProto(p flow.Proto) bool { return p == flow.TCP || p == flow.UDP }

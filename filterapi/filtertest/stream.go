@@ -129,84 +129,14 @@ type leg struct {
 
 func newLeg(window int) *leg { return &leg{newLane(window), newLane(window)} }
 
+// newLink joins two data filters: it gives the leg that is external to the one
+// on the client's side and the one that is internal to the other.
+func newLink(window int) (near, far *leg) {
+	out, in := newLane(window), newLane(window)
+	return &leg{fromEnd: in, toEnd: out}, &leg{fromEnd: out, toEnd: in}
+}
+
 func (g *leg) reset(err error) {
 	g.fromEnd.fail(err)
 	g.toEnd.fail(err)
-}
-
-// socket is the filter's side of a leg. It holds the filter to the ownership
-// rules: a buffer that was sent or released is overwritten.
-type socket struct {
-	flow     *Flow
-	leg      *leg
-	sent     What // how the journal calls what is sent here
-	datagram bool
-	to, from *way // of what is sent and of what is received here
-}
-
-func (s *socket) Recv() (*filterapi.Buffer, error) {
-	limit := s.flow.bufferSize()
-	for {
-		var buf *filterapi.Buffer
-		_, err := s.leg.fromEnd.take(limit, s.datagram, func(seg segment) {
-			if s.datagram && len(seg.data) > limit {
-				return // lost, as the contract of SetBufferSize says
-			}
-			buf = filterapi.NewBuffer(append([]byte(nil), seg.data...), func(b *filterapi.Buffer) {
-				s.flow.hands.forget(b)
-				spoil(b)
-			})
-			buf.Addr = seg.addr
-			s.flow.hands.hold(s.from, buf)
-		})
-		if err != nil || buf != nil {
-			return buf, err
-		}
-	}
-}
-
-func (s *socket) Send(buf *filterapi.Buffer) error {
-	if !s.flow.hands.begin(s.to, buf) {
-		buf.Release()
-		return filterapi.ErrReleased
-	}
-	defer s.flow.hands.sent(s.to)
-	seg := segment{append([]byte(nil), buf.Data...), buf.Addr}
-	buf.Release()
-	spoil(buf)
-	s.flow.gateway.journal.add(Entry{What: s.sent, Text: string(seg.data)})
-	return s.leg.toEnd.put(seg)
-}
-
-func (s *socket) Shutdown(abortive bool) error {
-	if s.flow.hands.released() {
-		return filterapi.ErrReleased
-	}
-	if abortive {
-		s.leg.reset(ErrReset)
-		return nil
-	}
-	s.leg.toEnd.end()
-	return nil
-}
-
-func (s *socket) Close(abortive bool) error {
-	if s.flow.hands.released() {
-		return filterapi.ErrReleased
-	}
-	if abortive {
-		s.leg.reset(ErrReset)
-		return nil
-	}
-	s.leg.toEnd.end()
-	s.leg.fromEnd.fail(io.ErrClosedPipe)
-	return nil
-}
-
-// spoil makes a use after the buffer was given away visible.
-func spoil(buf *filterapi.Buffer) {
-	for i := range buf.Data {
-		buf.Data[i] = 0xdb
-	}
-	buf.Data = nil
 }
