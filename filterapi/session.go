@@ -209,7 +209,8 @@ type Bind struct {
 	// External is the gateway's address to open, with the lowest port; port 0:
 	// any, the zero value: the address that Primary's client is hidden behind.
 	// The ExternalName of Primary itself may be given: what then comes to it
-	// from elsewhere, within the IPFilter, is sent to the client.
+	// from elsewhere, within the IPFilter, is sent to the client. Any number of
+	// binds to that client may have it.
 	External netip.AddrPort
 	// IPFilter says which sources may use it; nil: all, empty: none.
 	IPFilter *IPFilter

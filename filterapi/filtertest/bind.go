@@ -145,12 +145,13 @@ func (g *Gateway) leaseBinds(at netip.AddrPort, ps []*permission) error {
 		}
 		return nil
 	case first.primary != nil && at.IsValid() && at.Port() != 0 && at == first.primary.nameNow():
-		// The translation of the living primary: it is held already.
+		// The translation of the living primary: it is held already, and each
+		// of the session's binds to this client may have it.
 		if len(ps) > 1 {
 			return filterapi.ErrInvalidArgument
 		}
 		first.external = at
-		if g.opened(first) != nil {
+		if q := g.opened(first); q != nil && (q.session != first.session || q.client != first.client) {
 			return filterapi.ErrAlreadyExists
 		}
 		return nil
