@@ -82,7 +82,7 @@ func TestBuiltin(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, d := range list {
-		if d.Filter != "" && d.Name != "ftp" {
+		if d.Filter != "" && d.Filter != d.Name {
 			t.Errorf("%s has the filter %q", d.Name, d.Filter)
 		}
 		if d.Name != strings.ToLower(d.Name) || strings.ContainsAny(d.Name, " _") {

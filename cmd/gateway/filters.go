@@ -4,12 +4,13 @@ import (
 	"github.com/sluicegw/sluice/config"
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/filters/ftp"
+	"github.com/sluicegw/sluice/filters/tftp"
 )
 
 // builtin makes the application filters of this binary, in the order that
 // counts inside a priority class.
 func builtin() []filterapi.Filter {
-	return append([]filterapi.Filter{ftp.New()}, extra()...)
+	return append([]filterapi.Filter{ftp.New(), tftp.New()}, extra()...)
 }
 
 // parsers are the filters' readers of their options, by name.
