@@ -133,10 +133,13 @@ func (c *connection) setBufferSize(r *registered, bytes int) error {
 	return nil
 }
 
-// peer is the far end of a flow, seen from the client.
+// far is the far end of a flow, seen from the client.
 func (c *connection) far() netip.AddrPort {
-	if c.inbound() {
+	switch {
+	case c.inbound():
 		return c.tuple.Src
+	case c.perm != nil && c.perm.Via.IsValid():
+		return c.perm.Target
 	}
 	return c.tuple.Dst
 }

@@ -14,9 +14,9 @@ import (
 )
 
 const (
-	connectFlags = filterapi.AllowMultiple | filterapi.Timeout | filterapi.NoKernelMode |
+	bindFlags = filterapi.AllowMultiple | filterapi.Timeout | filterapi.NoKernelMode |
 		filterapi.ToSameNet | filterapi.ToSameNetwork | filterapi.ToAll
-	bindFlags = connectFlags
+	connectFlags = bindFlags | filterapi.AddressBased
 )
 
 // AllowFutureConnect implements filterapi.Session.
@@ -202,6 +202,7 @@ func (s *session) newPermission(primary *connection, n filterapi.Negotiated) *pe
 	out := &permission{session: s, primary: primary}
 	out.ID = s.e.nextID()
 	out.Proto = p
+	out.addressBased = flags&filterapi.AddressBased != 0
 	out.Multiple = flags&filterapi.AllowMultiple != 0
 	out.ToUser = flags&filterapi.NoKernelMode != 0 || primary.rule.NoKernelMode || s.watchesSecondary(primary.uses)
 	if flags&filterapi.Timeout != 0 {

@@ -51,7 +51,7 @@ func (e *Engine) Decide(ctx context.Context, first flow.Packet) Decision {
 // changed while its packet was queued.
 func (e *Engine) concerns(c *connection) bool {
 	return c.rule != nil && c.tuple.Proto.HasPorts() &&
-		(len(c.uses) > 0 || c.rule.NoKernelMode || c.perm != nil || e.anyProtocol())
+		(len(c.uses) > 0 || c.rule.NoKernelMode || c.perm != nil || e.wide.Load() || e.factories.count.Load() > 0)
 }
 
 // forUser says whether a flow that the filters have seen goes to user space.
@@ -71,17 +71,6 @@ func (c *connection) commit(d Decision) bool {
 	}
 	c.path, c.takeover = d.Path, d.Takeover
 	return true
-}
-
-// anyProtocol says whether a filter asks for flows of rules that do not name
-// it.
-func (e *Engine) anyProtocol() bool {
-	for _, r := range e.filters {
-		if r.events.AnyProtocol {
-			return true
-		}
-	}
-	return false
 }
 
 // refused is why a flow never began, and what its sender is told.
@@ -145,7 +134,10 @@ func (c *connection) about(r *registered, options any) filterapi.About {
 // raise tells the filters of a flow that is about to be.
 func (e *Engine) raise(ctx context.Context, c *connection) error {
 	c.inheritLinks()
-	return e.raiseExcept(ctx, c, nil)
+	if err := e.raiseExcept(ctx, c, nil); err != nil {
+		return err
+	}
+	return e.manufacture(ctx, c)
 }
 
 // raiseExcept does so but for one filter.

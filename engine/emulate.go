@@ -114,7 +114,7 @@ func (c *connection) accept(r *registered, df filterapi.DataFilter, remote netip
 	if !c.session.ref() {
 		return nil, filterapi.ErrTerminating
 	}
-	if !c.e.useEmulated(p) {
+	if !c.e.useOwn(p) {
 		c.e.release(c.session)
 		return nil, filterapi.ErrTerminating
 	}
@@ -155,8 +155,9 @@ func (c *connection) originate(ctx context.Context, local netip.AddrPort) error 
 	return c.e.user.Originate(ctx, t)
 }
 
-// useEmulated counts a flow of an emulated bind; false: it takes no more.
-func (e *Engine) useEmulated(p *permission) bool {
+// useOwn counts a flow that a filter makes by its own permission, without the
+// network; false: the permission takes no more.
+func (e *Engine) useOwn(p *permission) bool {
 	p.mu.Lock()
 	if p.state != permWaiting {
 		p.mu.Unlock()
@@ -168,8 +169,20 @@ func (e *Engine) useEmulated(p *permission) bool {
 	if usedUp {
 		e.perms.discharge(p)
 		e.closeObject(p)
+		e.tasks.run(func() { _ = e.enforce(p) }) // it logs
 	}
 	return true
+}
+
+// unuse notes the end of such a flow.
+func (e *Engine) unuse(p *permission) {
+	p.mu.Lock()
+	p.flows--
+	last := p.flows == 0 && p.state != permWaiting
+	p.mu.Unlock()
+	if last {
+		e.tasks.run(func() { _ = e.enforce(p) }) // it logs
+	}
 }
 
 // client is where the flows of a bind are sent to.

@@ -45,6 +45,13 @@ func (e *Engine) over(c *connection, end flow.End) {
 // begin takes a flow in. One of the same tuple must have ended, though its
 // report is still on its way.
 func (e *Engine) begin(c *connection) {
+	defer func() {
+		if c.session.isCut() {
+			// Whoever disconnected it found the flow among the living, or it is
+			// found here.
+			e.tasks.run(c.Kill)
+		}
+	}()
 	if old := e.flows.add(c); old != nil {
 		old.mu.Lock()
 		path, t := old.path, old.takeover

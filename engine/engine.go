@@ -2,7 +2,6 @@ package engine
 
 import (
 	"fmt"
-	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -48,12 +47,14 @@ type Engine struct {
 	now     func() time.Time
 	filters []*registered
 
-	policies policies
-	sessions sessions
-	flows    living
-	perms    permissions
-	tasks    tasks
+	policies  policies
+	sessions  sessions
+	factories factories
+	flows     living
+	perms     permissions
+	tasks     tasks
 
+	wide   atomic.Bool // a filter asks for flows of rules that do not name it
 	lastID atomic.Uint64
 }
 
@@ -90,7 +91,7 @@ func New(c Config) (*Engine, error) {
 	if e.now == nil {
 		e.now = time.Now
 	}
-	e.sessions.byAddr = make(map[netip.Addr]*session)
+	e.sessions.init()
 	e.flows.byTuple = make(map[flow.Tuple]*connection)
 	e.perms.init()
 	e.tasks.init()
@@ -106,13 +107,21 @@ func (e *Engine) register(f filterapi.Filter) {
 	if m, ok := f.(filterapi.FailModer); ok {
 		r.mode = m.FailMode()
 	}
-	events, err := initFilter(f, firewall{log: r.log})
+	events, err := initFilter(f, firewall{e.network(nil), e, r})
 	if err != nil {
 		r.log.Error("filter did not start; its protocols are handled by the rules alone", zap.Error(err))
 		return
 	}
 	r.events = events
+	e.widen(events)
 	e.filters = append(e.filters, r)
+}
+
+// widen notes a registration.
+func (e *Engine) widen(ev filterapi.Events) {
+	if ev.AnyProtocol {
+		e.wide.Store(true)
+	}
 }
 
 func initFilter(f filterapi.Filter, fw filterapi.Firewall) (ev filterapi.Events, err error) {
@@ -140,10 +149,12 @@ func (e *Engine) Stop() {
 // firewall is the gateway as filters see it.
 type firewall struct {
 	network
-	log *zap.Logger
+	e *Engine
+	r *registered
 }
 
-func (f firewall) Logger() *zap.Logger { return f.log }
+// Logger implements filterapi.Firewall.
+func (f firewall) Logger() *zap.Logger { return f.r.log }
 
 func (e *Engine) nextID() uint64 { return e.lastID.Add(1) }
 

@@ -86,6 +86,7 @@ func (fakeRoutes) Lookup(dst netip.Addr) (string, netip.Addr, bool, error) {
 
 // probe is a filter whose handler a test writes.
 type probe struct {
+	fw       filterapi.Firewall
 	events   filterapi.Events
 	handle   func(filterapi.Event) error
 	attached int
@@ -93,8 +94,11 @@ type probe struct {
 	mu       sync.Mutex
 }
 
-func (p *probe) Name() string                                            { return "ftp" }
-func (p *probe) Init(filterapi.Firewall) (filterapi.Events, error)       { return p.events, nil }
+func (p *probe) Name() string { return "ftp" }
+func (p *probe) Init(fw filterapi.Firewall) (filterapi.Events, error) {
+	p.fw = fw
+	return p.events, nil
+}
 func (p *probe) Shutdown()                                               {}
 func (p *probe) HandleEvent(_ context.Context, ev filterapi.Event) error { return p.handle(ev) }
 func (p *probe) AttachToSession(filterapi.Session) (filterapi.SessionFilter, filterapi.Events, error) {

@@ -27,27 +27,11 @@ func recovered(err *error) {
 	}
 }
 
-// call runs a filter's code on a goroutine of its own, with a recover, and
-// waits no longer than ctx. Code that misses its deadline runs on, unheard.
-func call[T any](ctx context.Context, f func() (T, error)) (T, error) {
-	type result struct {
-		value T
-		err   error
-	}
-	done := make(chan result, 1)
-	go func() {
-		var r result
-		defer func() { done <- r }()
-		defer recovered(&r.err)
-		r.value, r.err = f()
-	}()
-	select {
-	case r := <-done:
-		return r.value, r.err
-	case <-ctx.Done():
-		var zero T
-		return zero, fmt.Errorf("filter missed its deadline: %w", ctx.Err())
-	}
+// kindNames are the events for people.
+var kindNames = map[filterapi.EventMask]string{
+	filterapi.ConnectTCP: "ConnectEvent", filterapi.UDPDestination: "UDPDestinationEvent",
+	filterapi.BindTCP: "BindEvent", filterapi.BindUDP: "BindEvent", filterapi.Listen: "ListenEvent",
+	filterapi.Accepted: "AcceptEvent", filterapi.Terminating: "TerminatingEvent", filterapi.Established: "EstablishedEvent",
 }
 
 // bound says whether a filter is to hear of a flow of this kind, and with
@@ -120,17 +104,23 @@ func (e *Engine) deliver(ctx context.Context, c *connection, r *registered, kind
 	if err == nil || errors.Is(err, filterapi.ErrNotSupported) {
 		return nil
 	}
-	var p *panicked
-	if errors.As(err, &p) {
-		r.log.Error("event handler panicked", zap.Any("value", p.value), zap.ByteString("stack", p.stack), zap.Stringer("flow", c.tuple))
-	} else {
-		r.log.Warn("event handler failed", zap.Error(err), zap.Stringer("flow", c.tuple))
-	}
+	r.failed("event handler", err, c)
 	if r.mode == filterapi.FailOpen {
 		c.dropLinks(r)
 		return nil
 	}
 	return err
+}
+
+// failed logs what a filter's code came to. One that was late is in the log.
+func (r *registered) failed(what string, err error, c *connection) {
+	var p *panicked
+	switch {
+	case errors.As(err, &p):
+		r.log.Error(what+" panicked", zap.Any("value", p.value), zap.ByteString("stack", p.stack), zap.Stringer("flow", c.tuple))
+	case !errors.Is(err, errLate):
+		r.log.Warn(what+" failed", zap.Error(err), zap.Stringer("flow", c.tuple))
+	}
 }
 
 func (e *Engine) handle(ctx context.Context, c *connection, r *registered, kind filterapi.EventMask, event eventFor) error {
@@ -148,7 +138,7 @@ func (e *Engine) handle(ctx context.Context, c *connection, r *registered, kind 
 	c.told(r, a) // whatever comes of it: the connection is in its hands from now on
 	c.open(r, kind)
 	defer c.shut()
-	_, err = call(ctx, func() (struct{}, error) { return struct{}{}, a.filter.HandleEvent(ctx, event(r, c.about(r, options))) })
+	_, err = ask(ctx, e.code(r, kindNames[kind], c), func() (struct{}, error) { return struct{}{}, a.filter.HandleEvent(ctx, event(r, c.about(r, options))) })
 	return err
 }
 
@@ -161,11 +151,11 @@ func (e *Engine) terminating(c *connection) {
 	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
 	defer cancel()
 	for _, h := range c.heard() {
-		_, err := call(ctx, func() (struct{}, error) {
+		_, err := ask(ctx, e.code(h.r, kindNames[filterapi.Terminating], c), func() (struct{}, error) {
 			return struct{}{}, h.a.filter.HandleEvent(ctx, &filterapi.TerminatingEvent{Connection: c.handle(h.r)})
 		})
 		if err != nil && !errors.Is(err, filterapi.ErrNotSupported) {
-			h.r.log.Warn("terminating handler failed", zap.Error(err), zap.Stringer("flow", c.tuple))
+			h.r.failed("terminating handler", err, c)
 		}
 	}
 }
@@ -177,7 +167,7 @@ func (e *Engine) detach(r *registered, sf filterapi.SessionFilter) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
 	defer cancel()
-	if _, err := call(ctx, func() (struct{}, error) { sf.Detach(); return struct{}{}, nil }); err != nil {
+	if _, err := ask(ctx, e.code(r, "Detach", nil), func() (struct{}, error) { sf.Detach(); return struct{}{}, nil }); err != nil {
 		r.log.Error("detach failed", zap.Error(err))
 	}
 }
@@ -186,7 +176,7 @@ func (e *Engine) detach(r *registered, sf filterapi.SessionFilter) {
 func (e *Engine) shutdown(r *registered) {
 	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
 	defer cancel()
-	if _, err := call(ctx, func() (struct{}, error) { r.filter.Shutdown(); return struct{}{}, nil }); err != nil {
+	if _, err := ask(ctx, e.code(r, "Shutdown", nil), func() (struct{}, error) { r.filter.Shutdown(); return struct{}{}, nil }); err != nil {
 		r.log.Error("shutdown failed", zap.Error(err))
 	}
 }

@@ -12,6 +12,8 @@ import (
 type sessionHandle struct {
 	s *session
 	r *registered // nil: the gateway itself
+
+	owed int // references that Close gives back; under s.mu
 }
 
 // handle is the session as a filter gets it.
@@ -63,10 +65,10 @@ func (h *sessionHandle) AttachFilter(name string) error { return h.s.AttachFilte
 func (h *sessionHandle) HostAccessCheck(a filterapi.HostAccess) error { return h.s.HostAccessCheck(a) }
 
 // Network implements filterapi.Session.
-func (h *sessionHandle) Network() filterapi.Network { return h.s.Network() }
+func (h *sessionHandle) Network() filterapi.Network { return h.s.e.network(h.s) }
 
 // Close implements filterapi.Session.
-func (h *sessionHandle) Close() { h.s.Close() }
+func (h *sessionHandle) Close() { h.s.e.giveBack(h) }
 
 // RedirectConnections implements filterapi.Session.
 func (h *sessionHandle) RedirectConnections(r filterapi.Redirect) (netip.AddrPort, []filterapi.Action, error) {

@@ -29,6 +29,8 @@ type permission struct {
 	object  *connection // of a bind
 	leased  bool        // External comes from the allocator
 
+	addressBased bool // it belongs to the client's address, not to the session
+
 	change   sync.Mutex // held across kernel changes of this permission
 	inKernel inKernel   // under change
 	freed    bool       // the leased port was returned; under change
@@ -63,6 +65,12 @@ const (
 	holdsUnknown // a change failed
 )
 
+// forSocketsAlone says that the client's own flows have no use of it: it is of
+// a private session, for that session's sockets.
+func (p *permission) forSocketsAlone() bool {
+	return p.session.private && p.Direction == nat.Outbound && !p.Via.IsValid() && !p.addressBased
+}
+
 func (p *permission) inbound() bool { return p.Direction == nat.Inbound }
 
 func (p *permission) ipFilter() *filterapi.IPFilter {
@@ -77,14 +85,14 @@ func (p *permission) admits(src netip.Addr, late bool) bool {
 	if late {
 		return p.state != permVoid || p.late
 	}
-	return p.state == permWaiting && !p.emulated && (!p.inbound() || p.filter.Includes(src))
+	return p.state == permWaiting && !p.emulated && !p.forSocketsAlone() && (!p.inbound() || p.filter.Includes(src))
 }
 
 // wanted is what the kernel is to hold, and the permission in that form. p.mu
 // is held.
 func (p *permission) wanted() (inKernel, nat.Permission) {
 	out := p.Permission
-	if p.emulated {
+	if p.emulated || p.forSocketsAlone() {
 		return holdsNothing, out
 	}
 	if p.state == permWaiting && (!p.inbound() || p.AnySource || len(p.Sources) > 0) {
@@ -155,7 +163,7 @@ func (s *permissions) add(p *permission, quota int) error {
 		return filterapi.ErrQuota
 	}
 	for _, old := range s.byKey[p.key()] {
-		if old.session != p.session && old.waits() && old.session.lives() {
+		if p.inbound() && old.session != p.session && old.waits() && old.session.lives() {
 			return filterapi.ErrAlreadyExists
 		}
 	}

@@ -26,6 +26,7 @@ func (e *Engine) grant(p *permission) error {
 	if err := e.perms.add(p, e.quota); err != nil {
 		return err
 	}
+	e.bringToUser(p)
 	if err := e.enforce(p); err != nil {
 		return err
 	}

@@ -42,6 +42,7 @@ func (e *Engine) Recheck(ctx context.Context, kernel []flow.Tuple) error {
 			_ = e.void(p) // used up or gone: its flows are looked at below
 		}
 	}
+	e.recheckSockets()
 	var known []*connection
 	for _, c := range e.flows.all() {
 		if e.stillAllowed(c) {

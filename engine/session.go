@@ -3,7 +3,9 @@ package engine
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -24,7 +26,10 @@ type session struct {
 
 	mu       sync.Mutex
 	refs     int
+	closing  bool // it takes nothing new, and ends with its last flow
+	cut      bool // and its flows are cut
 	ended    bool
+	sockets  map[sessionSocket]struct{} // of Session.Network
 	attached map[*registered]*attachment
 	handles  []*sessionHandle
 	peers    map[peerKey][]remembered // data filters for peers of the client's sockets
@@ -36,6 +41,7 @@ type session struct {
 // fields are set.
 type attachment struct {
 	ready  chan struct{}
+	code   *code
 	filter filterapi.SessionFilter // nil: not interested
 	events filterapi.Events
 	err    error
@@ -51,19 +57,43 @@ func (a *attachment) done() bool {
 	}
 }
 
+// sessions are those that live. A client has one whose flows pass through the
+// gateway by themselves, and any number of private ones.
 type sessions struct {
 	mu     sync.Mutex
 	byAddr map[netip.Addr]*session
+	byID   map[uint64]*session // the private ones, too
+}
+
+func (s *sessions) init() {
+	s.byAddr = make(map[netip.Addr]*session)
+	s.byID = make(map[uint64]*session)
 }
 
 func (s *sessions) all() []*session {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := make([]*session, 0, len(s.byAddr))
-	for _, x := range s.byAddr {
-		out = append(out, x)
+	return slices.Collect(maps.Values(s.byID))
+}
+
+// find gives a living session; nil: there is none of that number.
+func (s *sessions) find(id uint64) *session {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.byID[id]
+}
+
+// forget takes a session off the way of new flows, and, once it has ended, off
+// the list.
+func (s *sessions) forget(x *session, ended bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.byAddr[x.addr] == x {
+		delete(s.byAddr, x.addr)
 	}
-	return out
+	if ended {
+		delete(s.byID, x.id)
+	}
 }
 
 // acquire finds or makes the session of a client and refers to it.
@@ -73,11 +103,18 @@ func (e *Engine) acquire(addr netip.Addr) *session {
 	if s := e.sessions.byAddr[addr]; s != nil && s.ref() {
 		return s
 	}
+	s := e.newSession(addr)
+	e.sessions.byAddr[addr] = s
+	return s
+}
+
+// newSession makes a session with one reference. sessions.mu is held.
+func (e *Engine) newSession(addr netip.Addr) *session {
 	s := &session{
-		e: e, id: e.nextID(), addr: addr, refs: 1,
+		e: e, id: e.nextID(), addr: addr, start: e.now(), refs: 1,
 		attached: make(map[*registered]*attachment), perms: make(map[*permission]struct{}),
 	}
-	e.sessions.byAddr[addr] = s
+	e.sessions.byID[s.id] = s
 	return s
 }
 
@@ -85,7 +122,7 @@ func (e *Engine) acquire(addr netip.Addr) *session {
 func (s *session) ref() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.ended {
+	if s.ended || s.closing {
 		return false
 	}
 	s.refs++
@@ -96,7 +133,7 @@ func (s *session) ref() bool {
 func (s *session) lives() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return !s.ended
+	return !s.ended && !s.closing
 }
 
 // release drops one reference and ends the session with the last.
@@ -122,24 +159,34 @@ func (e *Engine) endSession(s *session) {
 		}
 	}
 	s.ended = true
-	s.attached = nil
+	s.attached, s.peers = nil, nil
+	sockets := s.takeSockets()
 	s.mu.Unlock()
 
-	e.sessions.mu.Lock()
-	if e.sessions.byAddr[s.addr] == s {
-		delete(e.sessions.byAddr, s.addr)
-	}
-	e.sessions.mu.Unlock()
-	perms := e.perms.of(s)
-	if len(perms)+len(attached) == 0 {
+	e.sessions.forget(s, true)
+	if len(attached)+len(sockets) == 0 && e.owns(s) == 0 {
 		return
 	}
 	e.tasks.run(func() {
-		e.voidAll(perms)
+		e.closeAll(s, sockets)
 		for _, h := range attached {
 			e.detach(h.r, h.a.filter)
 		}
 	})
+}
+
+// owns counts what a session has opened, but for its sockets.
+func (e *Engine) owns(s *session) int { return len(e.perms.of(s)) + len(e.factories.owned(s)) }
+
+// closeAll closes what a session has opened.
+func (e *Engine) closeAll(s *session, sockets []sessionSocket) {
+	for _, c := range sockets {
+		_ = c.Close() // nobody asks any more
+	}
+	for _, f := range e.factories.owned(s) {
+		e.uninstall(f)
+	}
+	e.voidAll(e.perms.of(s))
 }
 
 // voidAll voids the permissions of a session that has ended: all of them at
@@ -163,13 +210,13 @@ func (e *Engine) voidAll(perms []*permission) {
 // again at the next event.
 func (e *Engine) attach(ctx context.Context, s *session, r *registered) (*attachment, error) {
 	s.mu.Lock()
-	if s.ended {
+	if s.ended || s.closing && s.attached[r] == nil {
 		s.mu.Unlock()
 		return nil, filterapi.ErrTerminating
 	}
 	a := s.attached[r]
 	if a == nil {
-		a = &attachment{ready: make(chan struct{})}
+		a = &attachment{ready: make(chan struct{}), code: e.code(r, "AttachToSession", nil)}
 		s.attached[r] = a
 		go e.attachNow(s, r, a)
 	}
@@ -178,7 +225,8 @@ func (e *Engine) attach(ctx context.Context, s *session, r *registered) (*attach
 	case <-a.ready:
 		return a, a.err
 	case <-ctx.Done():
-		return nil, fmt.Errorf("attach to session: filter missed its deadline: %w", ctx.Err())
+		a.code.missed()
+		return nil, fmt.Errorf("attach to session: %w: %w", errLate, ctx.Err())
 	}
 }
 
@@ -189,6 +237,8 @@ func (e *Engine) attachNow(s *session, r *registered, a *attachment) {
 		defer recovered(&a.err)
 		a.filter, a.events, a.err = r.filter.AttachToSession(s.handle(r))
 	}()
+	a.code.answered()
+	e.widen(a.events)
 	s.mu.Lock()
 	ended := s.ended
 	if a.err != nil && !ended {
