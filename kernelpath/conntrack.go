@@ -52,7 +52,11 @@ const (
 	ctMsgNew     = 0
 	ctMsgGet     = 1
 	ctMsgDelete  = 2
+	groupNew     = 1 // NFNLGRP_CONNTRACK_NEW
+	groupUpdate  = 2 // NFNLGRP_CONNTRACK_UPDATE
 	groupDestroy = 3 // NFNLGRP_CONNTRACK_DESTROY
+
+	tcpEstablished = 3 // TCP_CONNTRACK_ESTABLISHED
 
 	ctaTupleOrig   = 1
 	ctaTupleReply  = 2

@@ -5,7 +5,6 @@ package kernelpath
 import (
 	"context"
 	"errors"
-	"io"
 	"net"
 	"strings"
 	"sync/atomic"
@@ -78,23 +77,6 @@ func isOffloaded(t *testing.T, j journey, tuple flow.Tuple) bool {
 	}
 	t.Fatalf("%v is not among %+v", tuple, living)
 	return false
-}
-
-// exchange sends n bytes from one end and reads them at the other.
-func exchange(t *testing.T, from, to net.Conn, n int) {
-	t.Helper()
-	sent := make(chan error, 1)
-	go func() {
-		_, err := from.Write(make([]byte, n))
-		sent <- err
-	}()
-	to.SetReadDeadline(time.Now().Add(20 * time.Second))
-	if _, err := io.CopyN(io.Discard, to, int64(n)); err != nil {
-		t.Fatalf("%d bytes: %v", n, err)
-	}
-	if err := next(t, "end of the sender", sent); err != nil {
-		t.Fatal(err)
-	}
 }
 
 // offloadedTCP is an idle connection that the flowtable carries.

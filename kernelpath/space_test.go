@@ -2,6 +2,7 @@ package kernelpath
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -128,4 +130,21 @@ func connectTCP(j journey, to string) (client, server *net.TCPConn) {
 		j.client.t.Fatal(err)
 	}
 	return c.(*net.TCPConn), s.(*net.TCPConn)
+}
+
+// exchange sends n bytes from one end and reads them at the other.
+func exchange(t *testing.T, from, to net.Conn, n int) {
+	t.Helper()
+	sent := make(chan error, 1)
+	go func() {
+		_, err := from.Write(make([]byte, n))
+		sent <- err
+	}()
+	to.SetReadDeadline(time.Now().Add(20 * time.Second))
+	if _, err := io.CopyN(io.Discard, to, int64(n)); err != nil {
+		t.Fatalf("%d bytes: %v", n, err)
+	}
+	if err := next(t, "end of the sender", sent); err != nil {
+		t.Fatal(err)
+	}
 }

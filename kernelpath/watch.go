@@ -9,6 +9,7 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/net/bpf"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicegw/sluice/flow"
@@ -19,14 +20,16 @@ import (
 const watchBuffer = 32 << 20
 
 // Watch hears the end of every flow that the kernel carried: conntrack's
-// DESTROY events of entries with the Kernel path in their mark. The sysctls of
-// Sysctls must be set, or the kernel sends none.
+// DESTROY events of entries with the Kernel path in their mark; and, while
+// somebody wants that, when such a flow is established. The sysctls of Sysctls
+// must be set, or the kernel sends none.
 type Watch struct {
 	marks flow.Marks
 	conn  *netlink.Conn
 	in    *rawReader
 	ended func(KernelFlow)
 	lost  func()
+	begun *beginnings
 
 	events, losses, malformed atomic.Uint64
 }
@@ -36,6 +39,9 @@ type WatchStats struct {
 	Events    uint64 // ends reported
 	Losses    uint64 // times that the kernel dropped events (ENOBUFS)
 	Malformed uint64 // events that could not be read
+	// Established are flows reported as established, EstablishedLosses the
+	// times that the kernel dropped events of such.
+	Established, EstablishedLosses uint64
 }
 
 // NewWatch subscribes in the network namespace of the calling thread; events
@@ -52,22 +58,16 @@ func NewWatch(marks flow.Marks, ended func(KernelFlow), lost func()) (*Watch, er
 		conn.Close()
 		return nil, err
 	}
+	if w.begun, err = newBeginnings(marks); err != nil {
+		conn.Close()
+		return nil, err
+	}
 	return w, nil
 }
 
 func (w *Watch) prepare() (err error) {
-	if w.in, err = newRawReader(w.conn, 64<<10); err != nil {
+	if w.in, err = eventReader(w.conn, kernelFlowsOnly(w.marks)); err != nil {
 		return err
-	}
-	if err := forceReadBuffer(w.conn, watchBuffer); err != nil {
-		return fmt.Errorf("enlarge the buffer of conntrack events: %w", err)
-	}
-	program, err := bpf.Assemble(kernelFlowsOnly(w.marks))
-	if err != nil {
-		return fmt.Errorf("assemble the filter of conntrack events: %w", err)
-	}
-	if err := w.conn.SetBPF(program); err != nil {
-		return fmt.Errorf("set the filter of conntrack events: %w", err)
 	}
 	if err := w.conn.JoinGroup(groupDestroy); err != nil {
 		return fmt.Errorf("join the conntrack destroy group: %w", err)
@@ -75,18 +75,40 @@ func (w *Watch) prepare() (err error) {
 	return nil
 }
 
+// eventReader makes a socket ready for the conntrack events that a filter keeps.
+func eventReader(conn *netlink.Conn, keep []bpf.Instruction) (*rawReader, error) {
+	in, err := newRawReader(conn, 64<<10)
+	if err != nil {
+		return nil, err
+	}
+	if err := forceReadBuffer(conn, watchBuffer); err != nil {
+		return nil, fmt.Errorf("enlarge the buffer of conntrack events: %w", err)
+	}
+	program, err := bpf.Assemble(keep)
+	if err != nil {
+		return nil, fmt.Errorf("assemble the filter of conntrack events: %w", err)
+	}
+	if err := conn.SetBPF(program); err != nil {
+		return nil, fmt.Errorf("set the filter of conntrack events: %w", err)
+	}
+	return in, nil
+}
+
 // kernelFlowsOnly is a socket filter that keeps events whose CTA_MARK has the
-// Kernel path: everybody else's flows end without waking the gateway.
+// Kernel path, cut or not, or passes one way: everybody else's flows end
+// without waking the gateway.
 func kernelFlowsOnly(m flow.Marks) []bpf.Instruction {
 	return []bpf.Instruction{
 		bpf.LoadConstant{Dst: bpf.RegX, Val: ctaMark},
 		bpf.LoadConstant{Dst: bpf.RegA, Val: nlHeaderSize + nfHeaderSize},
 		bpf.LoadExtension{Num: bpf.ExtNetlinkAttr}, // A = offset of attribute X, or 0
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: 0, SkipTrue: 4},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: 0, SkipTrue: 6},
 		bpf.TAX{},
 		bpf.LoadIndirect{Off: attrHeaderSize, Size: 4},
-		bpf.ALUOpConstant{Op: bpf.ALUOpAnd, Val: m.PathMask()},
-		bpf.JumpIf{Cond: bpf.JumpEqual, Val: m.Value(flow.Kernel), SkipTrue: 1},
+		bpf.ALUOpConstant{Op: bpf.ALUOpAnd, Val: m.Mask()},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: m.Value(flow.Kernel), SkipTrue: 3},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: m.CutValue(flow.Kernel), SkipTrue: 2},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: m.OneWay(), SkipTrue: 1},
 		bpf.RetConstant{Val: 0},
 		bpf.RetConstant{Val: 1<<32 - 1},
 	}
@@ -107,35 +129,49 @@ func forceReadBuffer(c *netlink.Conn, size int) error {
 	return set
 }
 
-// Established is not built yet.
-func (w *Watch) Established(on bool) error { return nil }
-
 // Close ends a Watch that is not running.
-func (w *Watch) Close() error { return w.conn.Close() }
+func (w *Watch) Close() error { return errors.Join(w.conn.Close(), w.begun.conn.Close()) }
 
 // Stats reads the counters.
 func (w *Watch) Stats() WatchStats {
-	return WatchStats{Events: w.events.Load(), Losses: w.losses.Load(), Malformed: w.malformed.Load()}
+	return WatchStats{
+		Events: w.events.Load(), Losses: w.losses.Load(), Malformed: w.malformed.Load() + w.begun.malformed.Load(),
+		Established: w.begun.events.Load(), EstablishedLosses: w.begun.losses.Load(),
+	}
 }
 
 // Run reports ends until ctx is over, which is no error, and closes the
 // Watch. Lost events are counted and told, and never end it.
 func (w *Watch) Run(ctx context.Context) error {
-	defer w.conn.Close()
-	stop := context.AfterFunc(ctx, func() { w.conn.SetReadDeadline(time.Unix(1, 0)) })
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		return readEvents(ctx, w.conn, w.in, w.take, func() {
+			w.losses.Add(1)
+			w.lost()
+		})
+	})
+	group.Go(func() error {
+		return readEvents(ctx, w.begun.conn, w.begun.in, w.begun.take, func() { w.begun.losses.Add(1) })
+	})
+	return group.Wait()
+}
+
+// readEvents reads a socket until ctx is over, and closes it.
+func readEvents(ctx context.Context, conn *netlink.Conn, in *rawReader, take func(datagram []byte), lost func()) error {
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	for {
-		datagram, err := w.in.read()
+		datagram, err := in.read()
 		switch {
 		case ctx.Err() != nil:
 			return nil
 		case errors.Is(err, unix.ENOBUFS):
-			w.losses.Add(1)
-			w.lost()
+			lost()
 		case err != nil:
 			return fmt.Errorf("read conntrack events: %w", err)
 		default:
-			w.take(datagram)
+			take(datagram)
 		}
 	}
 }
@@ -164,80 +200,5 @@ func (w *Watch) take(datagram []byte) {
 		}
 		w.events.Add(1)
 		w.ended(f)
-	}
-}
-
-// Dump lists the living flows that have one of these paths in their mark; no
-// path: all that have any of the gateway's bits. It works in the network
-// namespace of the calling thread, daemon or not. The list is no snapshot: a
-// flow that begins or ends meanwhile may be in it or not.
-func Dump(ctx context.Context, marks flow.Marks, paths ...flow.Path) ([]KernelFlow, error) {
-	var attrs []byte
-	if len(paths) == 1 {
-		// One path is a comparison that the kernel does.
-		attrs = appendAttr32(attrs, ctaMark, marks.Value(paths[0]))
-		attrs = appendAttr32(attrs, ctaMarkMask, marks.PathMask())
-	}
-	wanted := func(mark uint32) bool {
-		if len(paths) == 0 {
-			return mark&marks.Mask() != 0
-		}
-		for _, p := range paths {
-			if marks.Path(mark) == p {
-				return true
-			}
-		}
-		return false
-	}
-	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
-	if err != nil {
-		return nil, fmt.Errorf("open netfilter netlink socket: %w", err)
-	}
-	defer conn.Close()
-	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	request, err := conn.Send(ctRequest(ctMsgGet, netlink.Dump, unix.AF_UNSPEC, attrs))
-	if err != nil {
-		return nil, fmt.Errorf("ask for the conntrack table: %w", err)
-	}
-	flows, err := readDump(conn, request.Header.Sequence, wanted)
-	if ctx.Err() != nil {
-		return nil, fmt.Errorf("dump the conntrack table: %w", context.Cause(ctx))
-	}
-	if err != nil {
-		return nil, fmt.Errorf("dump the conntrack table: %w", err)
-	}
-	return flows, nil
-}
-
-func readDump(conn *netlink.Conn, seq uint32, wanted func(mark uint32) bool) ([]KernelFlow, error) {
-	in, err := newRawReader(conn, 64<<10)
-	if err != nil {
-		return nil, err
-	}
-	var flows []KernelFlow
-	for {
-		datagram, err := in.read()
-		if err != nil {
-			return nil, err
-		}
-		for {
-			m, rest, ok := nextMessage(datagram)
-			if !ok {
-				break
-			}
-			datagram = rest
-			switch {
-			case m.seq != seq:
-			case m.kind == unix.NLMSG_DONE:
-				return flows, m.errorOf()
-			case m.kind == unix.NLMSG_ERROR:
-				return flows, m.errorOf()
-			case len(m.data) >= nfHeaderSize && wanted(markOf(m.data[nfHeaderSize:])):
-				if f, ok := parseEntry(m.data[nfHeaderSize:]); ok {
-					flows = append(flows, f)
-				}
-			}
-		}
 	}
 }

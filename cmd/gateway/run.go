@@ -165,6 +165,7 @@ func (g *gateway) open(undo *ladder) (err error) {
 	}); err != nil {
 		return err
 	}
+	g.watch.OnEstablished(g.engine.KernelEstablished)
 	g.task("conntrack", g.watch.Run)
 	if g.reports, err = kernelpath.NewReports(m.LogGroup, g.ifaceName, kernelpath.Heard{
 		Used: g.engine.KernelUsed, Denied: g.engine.KernelDenied, Unreachable: g.tcp.Unreachable,
