@@ -21,6 +21,8 @@ import (
 //
 //	internal socket -- filter -- link -- filter -- external socket
 //
+// Where the last filter emulates the external side there is no such socket.
+//
 // A filter that releases the flow is replaced by two relays. When all have
 // released it, the relays next to the network stop reading; what is still in
 // the links goes on in order, and behind it each direction passes to the loop.
@@ -69,12 +71,13 @@ func (c *chain) start() {
 	var left hop = newNetSocket(f, internal, pool)
 	for i, l := range f.job.chain {
 		var right, next hop
-		if i == len(f.job.chain)-1 {
-			right = newNetSocket(f, external, pool)
-		} else {
+		switch {
+		case i < len(f.job.chain)-1:
 			ln := newLink(f.done, f.tcp.cfg.Linger)
 			c.links = append(c.links, ln)
 			right, next = ln.internal(), ln.external()
+		case !f.job.emulated:
+			right = newNetSocket(f, external, pool)
 		}
 		c.filters.Add(1)
 		go c.run(l, left, right)
@@ -103,12 +106,17 @@ func (c *chain) wait() {
 // run is one filter's goroutine, and afterwards that of its relays.
 func (c *chain) run(l engine.Link, left, right hop) {
 	defer c.filters.Done()
-	in, out := newFilterSockets(left, right)
-	err := c.pump(l, in, out)
+	in, out := newFilterSockets(left, right, &c.f.tcp.buffers)
+	err := c.pump(l, in, out.external())
+	if right == nil && errors.Is(err, filterapi.ErrReleased) {
+		err = errNothingToRelease
+	}
 	switch {
 	case err == nil:
 		left.Close(false)
-		right.Close(false)
+		if right != nil {
+			right.Close(false)
+		}
 	case errors.Is(err, filterapi.ErrReleased):
 		in.revoked.close() // before the links carry the end of the relays
 		if c.left.Add(-1) == 0 {

@@ -27,9 +27,10 @@ type revocable interface {
 // without the filter when the rest has been sent on or released. From then on
 // the handle does nothing. The rules are those of filterapi.DataFilter.
 type filterSocket struct {
-	revocable
-	other   *filterSocket
-	revoked *onceChan // of both handles of the filter
+	revocable // nil: there is no such side
+	other     *filterSocket
+	revoked   *onceChan // of both handles of the filter
+	buffers   *bufferPools
 
 	mu        sync.Mutex
 	receiving int                 // calls of Recv
@@ -40,14 +41,23 @@ type filterSocket struct {
 	changed chan struct{} // rings when one of the above shrinks
 }
 
-// newFilterSockets makes the two handles of one filter.
-func newFilterSockets(internal, external revocable) (in, out *filterSocket) {
+// newFilterSockets makes the two handles of one filter. external is nil where
+// the filter emulates that side.
+func newFilterSockets(internal, external revocable, buffers *bufferPools) (in, out *filterSocket) {
 	revoked := new(onceChan)
 	revoked.init()
-	in = &filterSocket{revocable: internal, revoked: revoked, changed: make(chan struct{}, 1)}
-	out = &filterSocket{revocable: external, revoked: revoked, changed: make(chan struct{}, 1), other: in}
+	in = &filterSocket{revocable: internal, revoked: revoked, buffers: buffers, changed: make(chan struct{}, 1)}
+	out = &filterSocket{revocable: external, revoked: revoked, buffers: buffers, changed: make(chan struct{}, 1), other: in}
 	in.other = out
 	return in, out
+}
+
+// external is what the filter gets for this side: nil if there is none.
+func (s *filterSocket) external() filterapi.Socket {
+	if s.revocable == nil {
+		return nil
+	}
+	return s
 }
 
 // Recv implements filterapi.Socket.
@@ -71,11 +81,7 @@ func (s *filterSocket) Recv() (*filterapi.Buffer, error) {
 
 // hold wraps a buffer so that its Release is noticed. The caller has mu.
 func (s *filterSocket) hold(b *filterapi.Buffer) *filterapi.Buffer {
-	w := filterapi.NewBuffer(b.Data, func(w *filterapi.Buffer) {
-		s.forget(w)
-		b.Release()
-	})
-	w.Addr = b.Addr
+	w := s.buffers.lend(b, s)
 	s.held = append(s.held, w)
 	return w
 }

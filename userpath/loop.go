@@ -28,6 +28,7 @@ type loop struct {
 	tasks []func() // run on the loop's goroutine, in order
 	rung  bool     // tasks were announced
 	stop  bool
+	lame  chan struct{} // rings for tasks when the epoll instance has failed
 
 	// Loop-owned.
 	quit   bool // the last task has run
@@ -131,6 +132,9 @@ func (l *loop) post(fn func()) {
 	if ring {
 		l.ring() // under the lock: the descriptor lives as long as stop is false
 	}
+	if l.lame != nil {
+		wake(l.lame)
+	}
 	l.mu.Unlock()
 }
 
@@ -139,23 +143,46 @@ func (l *loop) ring() {
 	unix.Write(l.bell, one[:]) // fails only if the counter were full: then it has rung
 }
 
-// run carries until a task sets quit.
-func (l *loop) run() error {
+// run carries until a task sets quit. When it cannot wait for its sockets any
+// more it calls broken, and goes on with its tasks alone: one of them ends its
+// flows.
+func (l *loop) run(broken func(error)) {
+	defer l.close()
 	raw, err := l.epoll.SyscallConn()
-	if err != nil {
-		return fmt.Errorf("wait for sockets: %w", err)
-	}
-	var failed error
-	err = raw.Read(func(uintptr) bool {
-		done := false
-		done, failed = l.turn()
-		return done
-	})
 	if err == nil {
-		err = failed
+		var failed error
+		err = raw.Read(func(uintptr) bool {
+			done := false
+			done, failed = l.turn()
+			return done
+		})
+		if err == nil {
+			err = failed
+		}
 	}
-	l.close()
-	return err
+	if l.quit {
+		return
+	}
+	if err == nil { // the poller has closed
+		err = os.ErrClosed
+	}
+	broken(fmt.Errorf("wait for sockets: %w", err))
+	l.limp()
+}
+
+// limp runs the tasks of a loop whose epoll instance has failed, until one
+// sets quit.
+func (l *loop) limp() {
+	l.mu.Lock()
+	l.lame = make(chan struct{}, 1)
+	l.mu.Unlock()
+	for {
+		l.runTasks()
+		if l.quit {
+			return
+		}
+		<-l.lame
+	}
 }
 
 // turn handles everything that is ready. It is called again by the runtime's
@@ -164,7 +191,7 @@ func (l *loop) turn() (done bool, err error) {
 	for {
 		n, err := unix.EpollWait(l.epfd, l.events, 0)
 		if err != nil && err != unix.EINTR {
-			return true, fmt.Errorf("wait for sockets: %w", err)
+			return true, err
 		}
 		if l.translate(l.events[:max(n, 0)]) {
 			l.runTasks()

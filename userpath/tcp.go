@@ -150,19 +150,19 @@ func (t *TCP) Run(ctx context.Context) error {
 	defer stop(nil)
 	var tasks sync.WaitGroup
 	var failed atomic.Pointer[error]
-	start := func(task func() error) {
-		tasks.Go(func() {
-			if err := task(); err != nil {
-				failed.CompareAndSwap(nil, &err)
-				stop(err)
-			}
-		})
+	broken := func(err error) {
+		failed.CompareAndSwap(nil, &err)
+		stop(err)
 	}
 	for _, l := range t.loops {
-		start(l.run)
+		tasks.Go(func() { l.run(broken) })
 	}
 	for _, file := range t.listeners {
-		start(func() error { return t.accept(file, t.accepted) })
+		tasks.Go(func() {
+			if err := t.accept(file, t.accepted); err != nil {
+				broken(err)
+			}
+		})
 	}
 	sweep := time.NewTicker(sweepEvery)
 	defer sweep.Stop()
@@ -219,22 +219,13 @@ func (t *TCP) Takeover(ctx context.Context, takeover *engine.Takeover) flow.Path
 }
 
 func (t *TCP) takeOver(ctx context.Context, job tcpJob) flow.Path {
-	f, err := t.dial(ctx, job)
+	f, err := t.open(ctx, job)
 	if err != nil {
-		path, result := classifyDial(err)
-		switch {
-		case errors.Is(err, errKilled):
-			path, result = flow.Reject, flow.CutByPolicy
-		case errors.Is(err, errStopping):
-			result = flow.CutByPolicy
-		}
-		job.Ended(flow.Counts{}, result, err.Error())
-		if f != nil {
-			t.flows.Done()
-		}
-		return path
+		return t.undialled(f, job, err)
 	}
-	job.Connected(f.name(), job.dial.Target)
+	if !job.emulated { // else there is no external side to name
+		job.Connected(f.name(), job.dial.Target)
+	}
 	f.mu.Lock()
 	f.since = t.now()
 	f.mu.Unlock()
@@ -244,6 +235,23 @@ func (t *TCP) takeOver(ctx context.Context, job tcpJob) flow.Path {
 	t.stats.flows.Add(1)
 	go f.follow()
 	return flow.User
+}
+
+// undialled reports the end of a flow that did not come about, and gives the
+// answer to its initiator. f is nil or being taken down.
+func (t *TCP) undialled(f *tcpFlow, job tcpJob, err error) flow.Path {
+	path, result := classifyDial(err)
+	switch {
+	case errors.Is(err, errKilled):
+		path, result = flow.Reject, flow.CutByPolicy
+	case errors.Is(err, errStopping):
+		result = flow.CutByPolicy
+	}
+	job.Ended(flow.Counts{}, result, err.Error())
+	if f != nil {
+		t.flows.Done()
+	}
+	return path
 }
 
 // dial makes the upstream connection. With a flow and an error, the flow is
@@ -258,7 +266,7 @@ func (t *TCP) dial(ctx context.Context, job tcpJob) (*tcpFlow, error) {
 		resetFD(fd)
 		return nil, err
 	}
-	if err = f.loop.watch(f, sideFar); err == nil {
+	if err = f.watchFar(); err == nil {
 		unreachable := t.asIfs.enter(job.dial)
 		defer t.asIfs.leave(job.dial, unreachable)
 		select {

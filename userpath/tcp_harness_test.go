@@ -31,11 +31,12 @@ type ending struct {
 
 // recorder stands in for the engine's takeover.
 type recorder struct {
-	tb         testing.TB
-	kill       chan struct{}
-	ended      chan ending
-	endings    atomic.Int32
-	name, peer netip.AddrPort
+	tb          testing.TB
+	kill        chan struct{}
+	ended       chan ending
+	endings     atomic.Int32
+	established atomic.Int32
+	name, peer  netip.AddrPort
 }
 
 func newRecorder(tb testing.TB) *recorder {
@@ -44,6 +45,7 @@ func newRecorder(tb testing.TB) *recorder {
 
 func (r *recorder) Conn() filterapi.Connection          { return nil }
 func (r *recorder) Connected(name, peer netip.AddrPort) { r.name, r.peer = name, peer }
+func (r *recorder) Established()                        { r.established.Add(1) }
 func (r *recorder) Killed() <-chan struct{}             { return r.kill }
 func (r *recorder) Ended(c flow.Counts, res flow.Result, reason string) {
 	if r.endings.Add(1) > 1 {

@@ -204,6 +204,9 @@ func TestTakeoverIsTransparent(t *testing.T) {
 			if rec.name.Addr() != want.Addr() || rec.name.Port() != seen.Port() || rec.peer != job.tuple.Dst {
 				t.Errorf("connected as %v to %v; the server saw %v", rec.name, rec.peer, seen)
 			}
+			if n := rec.established.Load(); n != 0 {
+				t.Errorf("established %d times before the client was there", n)
+			}
 			client, err := l.connect(job.tuple.Src, job.tuple.Dst)
 			if err != nil {
 				t.Fatal(err)
@@ -216,6 +219,9 @@ func TestTakeoverIsTransparent(t *testing.T) {
 			client.Close()
 			if e := rec.wait(); e.result != flow.Closed || e.counts != (flow.Counts{OutBytes: 8, InBytes: 6}) {
 				t.Errorf("ended %+v", e)
+			}
+			if n := rec.established.Load(); n != 1 {
+				t.Errorf("established %d times, want once", n)
 			}
 		})
 	}

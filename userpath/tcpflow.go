@@ -18,6 +18,7 @@ import (
 type takeover interface {
 	Conn() filterapi.Connection
 	Connected(name, peer netip.AddrPort)
+	Established()
 	Killed() <-chan struct{}
 	Ended(flow.Counts, flow.Result, string)
 }
@@ -29,11 +30,12 @@ type tcpJob struct {
 	dial              engine.Dial
 	chain             []engine.Link
 	initiatorExternal bool
+	emulated          bool // the last filter stands in for the external end
 	buffer            int
 }
 
 func jobOf(t *engine.Takeover) tcpJob {
-	return tcpJob{t, t.Tuple, t.Dial, t.Chain, t.InitiatorExternal, t.Buffer}
+	return tcpJob{t, t.Tuple, t.Dial, t.Chain, t.InitiatorExternal, t.Emulated, t.Buffer}
 }
 
 // tcpFlow is one flow that was taken over.
@@ -53,7 +55,8 @@ type tcpFlow struct {
 	ends [2]tcpEnd
 	dirs [2]direction
 
-	dialled chan error // one value: the handshake's end
+	dialled chan error    // one value: the handshake's end
+	stands  chan struct{} // closed when both ends are there
 	done    chan struct{}
 	sent    atomic.Uint64 // payload from the initiator
 	rcvd    atomic.Uint64 // payload to the initiator
@@ -120,6 +123,7 @@ const (
 func (f *tcpFlow) prepare(t *TCP, l *loop, job tcpJob) {
 	f.tcp, f.loop, f.job = t, l, job
 	f.dialled = make(chan error, 1)
+	f.stands = make(chan struct{})
 	f.done = make(chan struct{})
 	f.ends[sideInit].fd, f.ends[sideFar].fd = -1, -1
 	f.ends[sideInit].nodelay = true // inherited from the listener
@@ -131,6 +135,9 @@ func (f *tcpFlow) prepare(t *TCP, l *loop, job tcpJob) {
 		f.dirs[i].carrier.Store(byFilters)
 	}
 	f.chain = newChain(f)
+	if job.emulated {
+		f.leaveOut()
+	}
 }
 
 // happened notes an event of one end and acts on it. Loop only.
@@ -221,11 +228,7 @@ func (f *tcpFlow) arrived(fd int) bool {
 		return false
 	}
 	f.ends[sideInit].fd = fd
-	f.since = time.Now()
-	f.carrying.Store(true)
-	if f.chain != nil {
-		f.chain.start()
-	}
+	f.begin()
 	// The first event is that the socket can be written to; it makes the loop
 	// look at both ends.
 	if err := f.loop.watch(f, sideInit); err != nil {
@@ -234,14 +237,35 @@ func (f *tcpFlow) arrived(fd int) bool {
 	return true
 }
 
-// follow waits for the end of a flow and reports it. It is the one goroutine
-// that every flow has.
+// begin starts what carries the flow. The caller holds mu, and the flow is not
+// over.
+func (f *tcpFlow) begin() {
+	f.since = f.tcp.now()
+	f.carrying.Store(true)
+	if f.chain != nil {
+		f.chain.start()
+	}
+	close(f.stands)
+}
+
+// follow waits for what becomes of a flow and reports it. It is the one
+// goroutine that every flow has.
 func (f *tcpFlow) follow() {
-	select {
-	case <-f.job.Killed():
-		f.abort(flow.CutByPolicy, "killed")
-		<-f.done
-	case <-f.done:
+	stands, killed := f.stands, f.job.Killed()
+	for over := false; !over; {
+		select {
+		case <-stands:
+			stands = nil
+			f.job.Established()
+		case <-killed:
+			killed = nil
+			f.abort(flow.CutByPolicy, "killed")
+		case <-f.done:
+			over = true
+		}
+	}
+	if stands != nil && f.carrying.Load() { // both came at once
+		f.job.Established()
 	}
 	f.tcp.waiting.remove(f)
 	if f.chain != nil {
@@ -257,16 +281,23 @@ func (f *tcpFlow) counts() flow.Counts {
 	return flow.Counts{OutBytes: f.sent.Load(), InBytes: f.rcvd.Load()}
 }
 
-// countRead and countWritten keep counts: the initiator's end is the measure.
+// countRead and countWritten keep counts: the initiator's end is the measure,
+// where there is one.
 func (f *tcpFlow) countRead(side, n int) {
-	if side == sideInit {
+	switch {
+	case side == sideInit:
 		f.sent.Add(uint64(n))
+	case f.job.originated():
+		f.rcvd.Add(uint64(n))
 	}
 }
 
 func (f *tcpFlow) countWritten(side, n int) {
-	if side == sideInit {
+	switch {
+	case side == sideInit:
 		f.rcvd.Add(uint64(n))
+	case f.job.originated():
+		f.sent.Add(uint64(n))
 	}
 }
 

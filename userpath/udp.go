@@ -83,6 +83,8 @@ type UDPStats struct {
 	UnknownPeer uint64
 	// NoFlow: datagrams at the listener without a flow, and none was made.
 	NoFlow uint64
+	// OneWay: datagrams of clients that may not answer.
+	OneWay uint64
 	// Oversize: datagrams larger than the buffer of their data filters.
 	Oversize uint64
 	// LinkFull: datagrams lost because a data filter did not keep up.
@@ -117,6 +119,7 @@ type UDP struct {
 	icmp      *udpICMP
 	asks      *udpAsks
 	outs      sync.Pool // *udpOut, for data filters
+	buffers   bufferPools
 	start     time.Time
 	stats     udpStats
 	nextID    atomic.Uint64
@@ -130,7 +133,7 @@ type UDP struct {
 	peers   map[netip.AddrPort]int // flows of each initiator socket
 
 	// tasks are the goroutines of flows that data filters hold; calm is told
-	// when there are none left.
+	// when there are none left, and when no flow is opening.
 	tasks int
 	calm  *sync.Cond
 }
@@ -189,7 +192,7 @@ func (u *UDP) Stats() UDPStats {
 	return UDPStats{
 		Flows: flows, Sockets: sockets,
 		UnknownPeer: s.unknownPeer.Load(), NoFlow: s.noFlow.Load(),
-		Oversize: s.oversize.Load(), LinkFull: s.linkFull.Load(),
+		OneWay: s.oneWay.Load(), Oversize: s.oversize.Load(), LinkFull: s.linkFull.Load(),
 		SendLost: s.sendLost.Load(), Refused: s.refused.Load(),
 		ErrorsSent: s.icmpSent.Load(), ErrorsLimited: s.icmpLimited.Load(),
 	}
@@ -244,10 +247,11 @@ func (u *UDP) background(task func()) {
 	}()
 }
 
+// wait returns when every flow has been reported.
 func (u *UDP) wait() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	for u.tasks > 0 {
+	for u.tasks > 0 || u.opening > 0 {
 		u.calm.Wait()
 	}
 }

@@ -196,6 +196,9 @@ func (o *udpOut) flush() {
 		}
 	}
 	for i := range o.n {
+		if f := o.flows[i]; !f.passed.Load() && f.outPackets.Load()+f.inPackets.Load() > 0 {
+			f.established()
+		}
 		o.flows[i], o.iov[i].Base, o.msgs[i].hdr.Name = nil, nil, nil
 	}
 	o.n, o.sock = 0, nil
@@ -249,5 +252,5 @@ func (f *udpFlow) count(dir udpDirection, packets, bytes uint64) {
 
 // udpStats are the counters behind UDPStats.
 type udpStats struct {
-	unknownPeer, noFlow, oversize, linkFull, sendLost, refused, icmpSent, icmpLimited atomic.Uint64
+	unknownPeer, noFlow, oneWay, oversize, linkFull, sendLost, refused, icmpSent, icmpLimited atomic.Uint64
 }

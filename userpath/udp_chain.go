@@ -26,13 +26,18 @@ const udpFilterGrace = 2 * time.Second
 //
 //	client -> outward[0] -> filter 0 -> outward[1] -> filter 1 -> external
 //	client <- filter 0 <- inward[0] <- filter 1 <- inward[1] <- external
+//
+// Buffers change hands along the chain. A datagram is copied once, out of the
+// batch that its socket was read with: whose it is, is known only then.
 type udpChain struct {
 	u       *UDP
 	f       *udpFlow
 	outward []*udpLink
 	inward  []*udpLink
 	client  udpHop // the network on the client's side
-	network udpHop // the network on the external side
+	network udpHop // the network on the external side; nil: the last filter emulates it
+
+	small, medium, large *bufferPool
 
 	holding atomic.Int32 // filters that have not dropped out
 	done    sync.WaitGroup
@@ -40,16 +45,46 @@ type udpChain struct {
 
 func newUDPChain(u *UDP, f *udpFlow) *udpChain {
 	c := &udpChain{u: u, f: f}
+	c.small, c.medium, c.large = u.buffers.of(udpSmall), u.buffers.of(udpMedium), u.buffers.of(f.buffer)
 	initiator, target := &udpNetwork{u, f, udpInward}, &udpNetwork{u, f, udpOutward}
 	c.client, c.network = initiator, target
 	if f.external {
 		c.client, c.network = target, initiator
 	}
-	for range f.udpRequest.chain {
-		c.outward = append(c.outward, newUDPLink(u, f.buffer))
-		c.inward = append(c.inward, newUDPLink(u, f.buffer))
+	if f.emulated {
+		c.network = nil
 	}
+	for range f.udpRequest.chain {
+		c.outward = append(c.outward, newUDPLink(u, f.buffer, f.burst))
+		c.inward = append(c.inward, newUDPLink(u, f.buffer, f.burst))
+	}
+	c.holding.Store(int32(len(c.outward)))
 	return c
+}
+
+// The sizes of the buffers that smaller datagrams wait in: a burst of tiny ones
+// shall not cost a full buffer each.
+const (
+	udpSmall  = 256
+	udpMedium = 2048
+)
+
+// buffer copies a datagram.
+func (c *udpChain) buffer(data []byte) *filterapi.Buffer {
+	var b *filterapi.Buffer
+	switch n := len(data); {
+	case n > c.f.buffer: // filters have let go of the flow, and one is about to
+		b = filterapi.NewBuffer(make([]byte, n), nil)
+	case n <= udpSmall && udpSmall < c.f.buffer:
+		b = c.small.get()
+	case n <= udpMedium && udpMedium < c.f.buffer:
+		b = c.medium.get()
+	default:
+		b = c.large.get()
+	}
+	b.Data = b.Data[:copy(b.Data, data)]
+	b.Addr = c.f.far()
+	return b
 }
 
 // udpNetwork is an end of a chain: a way out of the gateway.
@@ -61,6 +96,7 @@ type udpNetwork struct {
 
 func (n *udpNetwork) push(b *filterapi.Buffer) {
 	if !n.f.killed() {
+		n.f.last.Store(n.u.now()) // a filter may have begun it
 		out := n.u.outs.Get().(*udpOut)
 		out.add(n.f, n.dir, b.Data)
 		out.flush()
@@ -82,15 +118,16 @@ func (c *udpChain) enter(dir udpDirection, data []byte) {
 		c.u.stats.oversize.Add(1)
 		return
 	}
-	b := filterapi.NewBuffer(append(make([]byte, 0, len(data)), data...), nil)
-	b.Addr = c.f.far()
-	first.push(b)
+	first.push(c.buffer(data))
 }
 
 func (c *udpChain) start() {
-	c.holding.Store(int32(len(c.outward)))
+	c.done.Add(len(c.outward)) // all at once: the first may return before the second begins
 	for i := range c.outward {
-		c.done.Go(func() { c.run(i) })
+		go func() {
+			defer c.done.Done()
+			c.run(i)
+		}()
 	}
 	// A kill ends the flow at once, not with the next sweep.
 	c.u.background(func() {
@@ -122,10 +159,17 @@ func (c *udpChain) wait() {
 func (c *udpChain) run(i int) {
 	name := c.f.udpRequest.chain[i].Name
 	toClient, toNetwork := c.around(i)
-	in, out := newFilterSockets(
-		&udpEnd{ctx: c.f.ctx, far: c.f.far(), in: c.outward[i], out: toClient},
-		&udpEnd{ctx: c.f.ctx, far: c.f.far(), in: c.inward[i], out: toNetwork})
-	err := c.pump(i, in, out)
+	internal, external := &udpEnd{ctx: c.f.ctx, far: c.f.far(), in: c.outward[i], out: toClient}, revocable(nil)
+	if toNetwork != nil {
+		external = &udpEnd{ctx: c.f.ctx, far: c.f.far(), in: c.inward[i], out: toNetwork}
+	} else {
+		internal.last = c.f // what is received here goes no further
+	}
+	in, out := newFilterSockets(internal, external, &c.u.buffers)
+	err := c.pump(i, in, out.external())
+	if toNetwork == nil && errors.Is(err, filterapi.ErrReleased) {
+		err = errNothingToRelease
+	}
 	switch {
 	case c.f.ctx.Err() != nil:
 	case err == nil:
@@ -189,6 +233,8 @@ type udpEnd struct {
 	far netip.AddrPort
 	in  *udpLink
 	out udpHop
+	// last is the flow, where the receiver emulates the external side.
+	last *udpFlow
 	// closed: nothing is sent any more.
 	closed atomic.Bool
 }
@@ -197,7 +243,12 @@ type udpEnd struct {
 func (e *udpEnd) Recv() (*filterapi.Buffer, error) { return e.recv(nil) }
 
 func (e *udpEnd) recv(stop <-chan struct{}) (*filterapi.Buffer, error) {
-	return e.in.recv(e.ctx, stop)
+	b, err := e.in.recv(e.ctx, stop)
+	if err == nil && e.last != nil {
+		e.last.count(e.last.fromClient(), 1, uint64(len(b.Data)))
+		e.last.established()
+	}
+	return b, err
 }
 
 // Send passes a datagram on, or loses it where the next hop is full. An

@@ -234,7 +234,7 @@ func TestUDPReleaseWaitsForBuffers(t *testing.T) {
 		inward := l.u.find(udpKey{netip.MustParseAddrPort("10.0.0.2:4000"), netip.MustParseAddrPort(udpServer)}).filters.inward[0]
 		for end, waits := time.Now().Add(udpWaitLong), 0; waits == 0; runtime.Gosched() {
 			inward.mu.Lock()
-			waits = len(inward.items)
+			waits = inward.n
 			inward.mu.Unlock()
 			if time.Now().After(end) {
 				t.Fatal("the second answer does not wait behind the first")
@@ -296,8 +296,8 @@ func udpOnly(word, want string) string {
 func TestUDPChainBurst(t *testing.T) {
 	u := &UDP{}
 	for _, size := range []int{16, 160, 1400, 4096} {
-		link := newUDPLink(u, filterapi.DefaultDatagramBuffer)
-		for range udpLinkBytes / size {
+		link := newUDPLink(u, filterapi.DefaultDatagramBuffer, false)
+		for range udpBurstBytes / size {
 			link.push(filterapi.NewBuffer(make([]byte, size), nil))
 		}
 		if n := u.stats.linkFull.Load(); n != 0 {
@@ -307,7 +307,7 @@ func TestUDPChainBurst(t *testing.T) {
 		if n := u.stats.linkFull.Swap(0); n != 1 {
 			t.Errorf("size %d: the link is not bounded", size)
 		}
-		for range udpLinkBytes / size {
+		for range udpBurstBytes / size {
 			if b, err := link.recv(t.Context(), nil); err != nil || len(b.Data) != size {
 				t.Fatalf("size %d: %v, %v", size, b, err)
 			}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"net"
 	"net/netip"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -18,6 +19,7 @@ type udpFake struct {
 	kill       chan struct{}
 	name, peer netip.AddrPort
 	connected  int
+	stood      atomic.Int32 // calls of Established
 	ended      chan udpEnded
 }
 
@@ -36,6 +38,7 @@ func (f *udpFake) Connected(name, peer netip.AddrPort) {
 	f.name, f.peer = name, peer
 	f.connected++
 }
+func (f *udpFake) Established()            { f.stood.Add(1) }
 func (f *udpFake) Killed() <-chan struct{} { return f.kill }
 func (f *udpFake) Ended(c flow.Counts, r flow.Result, reason string) {
 	f.ended <- udpEnded{c, r, reason}

@@ -18,6 +18,7 @@ type udpKey struct{ src, dst netip.AddrPort }
 type udpControl interface {
 	Conn() filterapi.Connection
 	Connected(name, peer netip.AddrPort)
+	Established()
 	Killed() <-chan struct{}
 	Ended(c flow.Counts, r flow.Result, reason string)
 }
@@ -28,8 +29,25 @@ type udpRequest struct {
 	dial     engine.Dial
 	chain    []engine.Link
 	external bool // the initiator is on the external side
+	emulated bool // the last filter stands in for the external side
+	oneWay   bool // what the client sends is lost
+	burst    bool // 64 KiB of payload wait without loss
 	buffer   int  // bytes
 	control  udpControl
+}
+
+// originated says that no initiator's datagram began the flow.
+func (q *udpRequest) originated() bool { return q.emulated && q.external }
+
+// upstream says that the flow has an upstream socket.
+func (q *udpRequest) upstream() bool { return !q.emulated || q.external }
+
+// fromClient is the direction of what the client sends.
+func (q *udpRequest) fromClient() udpDirection {
+	if q.external {
+		return udpInward
+	}
+	return udpOutward
 }
 
 // udpFlow is one initiator socket and one peer.
@@ -39,8 +57,8 @@ type udpRequest struct {
 type udpFlow struct {
 	udpRequest
 	key    udpKey
-	pump   *udpPump
-	reply  *udpReply
+	pump   *udpPump  // nil without an upstream socket
+	reply  *udpReply // nil without an initiator
 	kill   <-chan struct{}
 	ctx    context.Context // over with the flow
 	cancel context.CancelFunc
@@ -56,6 +74,7 @@ type udpFlow struct {
 	outBytes, inBytes     atomic.Uint64
 	outPackets, inPackets atomic.Uint64
 	lastError             atomic.Uint32 // errno of the last ICMP error
+	passed                atomic.Bool   // a datagram was, and the engine knows
 	ended                 atomic.Bool
 }
 
@@ -86,10 +105,20 @@ func (f *udpFlow) counts() flow.Counts {
 
 // far is the external side's address, which data filters see on both sides.
 func (f *udpFlow) far() netip.AddrPort {
-	if f.external {
+	switch {
+	case f.external:
 		return f.tuple.Src
+	case f.emulated:
+		return f.tuple.Dst
 	}
 	return f.dial.Target
+}
+
+// established tells the engine of the first datagram that was passed.
+func (f *udpFlow) established() {
+	if !f.passed.Load() && !f.passed.Swap(true) {
+		f.control.Established()
+	}
 }
 
 // silence says how a flow ends that carried nothing for too long.
@@ -109,7 +138,7 @@ func (f *udpFlow) silence() (flow.Result, string) {
 // carry passes a datagram on its way. Without data filters it only stands in
 // line in out, which the caller flushes before data changes.
 func (u *UDP) carry(f *udpFlow, dir udpDirection, data []byte, out *udpOut, now int64) {
-	if f.ended.Load() || f.killed() {
+	if f.ended.Load() || f.killed() || u.loses(f, dir) {
 		return
 	}
 	f.last.Store(now)
@@ -119,6 +148,20 @@ func (u *UDP) carry(f *udpFlow, dir udpDirection, data []byte, out *udpOut, now 
 		return
 	}
 	out.add(f, dir, data)
+}
+
+// loses says whether datagrams of this direction go nowhere.
+func (u *UDP) loses(f *udpFlow, dir udpDirection) bool {
+	switch {
+	case f.oneWay && dir == f.fromClient():
+		u.stats.oneWay.Add(1)
+		return true
+	case dir == udpOutward && f.originated():
+		// Somebody has the address of a peer that a filter emulates.
+		u.stats.noFlow.Add(1)
+		return true
+	}
+	return false
 }
 
 // end is the one end of a flow; only the first call counts. Ended is called
@@ -133,7 +176,9 @@ func (u *UDP) end(f *udpFlow, result flow.Result, reason string) {
 		delete(u.flows, f.key)
 	}
 	u.mu.Unlock()
-	f.pump.remove(f)
+	if f.pump != nil {
+		f.pump.remove(f)
+	}
 	if f.filters == nil {
 		u.letGo(f)
 		f.control.Ended(f.counts(), result, reason)
@@ -155,15 +200,19 @@ func (u *UDP) letGo(f *udpFlow) {
 	if u.peers[f.key.src]--; u.peers[f.key.src] == 0 {
 		delete(u.peers, f.key.src)
 	}
-	if f.reply.refs--; f.reply.refs == 0 {
-		delete(u.replies, f.key.dst)
-		reply = f.reply
+	if f.reply != nil {
+		if f.reply.refs--; f.reply.refs == 0 {
+			delete(u.replies, f.key.dst)
+			reply = f.reply
+		}
 	}
-	f.pump.last = max(f.pump.last, f.last.Load())
-	f.pump.refs--
-	if f.pump.refs == 0 && (u.closed || !f.pump.lingers()) {
-		delete(u.pumps, f.pump.key)
-		pump = f.pump
+	if f.pump != nil {
+		f.pump.last = max(f.pump.last, f.last.Load())
+		f.pump.refs--
+		if f.pump.refs == 0 && (u.closed || !f.pump.lingers()) {
+			delete(u.pumps, f.pump.key)
+			pump = f.pump
+		}
 	}
 	u.mu.Unlock()
 	if reply != nil {

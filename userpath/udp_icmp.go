@@ -313,12 +313,14 @@ func (u *UDP) upstreamError(f *udpFlow, e udpError, errno unix.Errno, payload []
 			f.lastError.Store(uint32(udpErrPort))
 		}
 	}
-	u.tell(f.key, e, payload)
+	if !f.originated() { // else its initiator is a filter
+		u.tell(f.key, e, payload)
+	}
 }
 
 // sendFailed is called for a datagram that the kernel refused to send.
 func (u *UDP) sendFailed(f *udpFlow, dir udpDirection, errno unix.Errno, payload []byte) {
-	if dir != udpOutward {
+	if dir != udpOutward || f.originated() {
 		return
 	}
 	path := flow.Drop

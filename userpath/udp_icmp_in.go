@@ -95,7 +95,7 @@ func (r *udpICMPReader) heard(data, oob []byte, from netip.Addr) {
 		return
 	}
 	f := r.u.find(udpKey{src: q.key.dst, dst: q.key.src})
-	if f == nil || f.killed() {
+	if f == nil || f.killed() || f.pump == nil {
 		return
 	}
 	q.err.from = f.pump.sock.local.Addr()

@@ -8,11 +8,12 @@ import (
 	"github.com/sluicegw/sluice/filterapi"
 )
 
-// udpLinkBytes is the least payload that a link between data filters holds,
+// udpBurstBytes is the least payload that a link between data filters holds,
 // so that a burst survives a filter that pauses; udpLinkDatagrams bounds what
-// tiny datagrams cost beside their payload.
+// tiny datagrams cost beside their payload, but for a flow that was promised a
+// burst of any.
 const (
-	udpLinkBytes     = 64 << 10
+	udpBurstBytes    = 64 << 10
 	udpLinkDatagrams = 4096
 )
 
@@ -30,9 +31,12 @@ type udpLink struct {
 	u     *UDP
 	max   int // bytes of one datagram
 	limit int // bytes in all
+	depth int // datagrams
 
 	mu    sync.Mutex
-	items []*filterapi.Buffer
+	items []*filterapi.Buffer // a ring
+	first int                 // index of the oldest
+	n     int                 // how many wait
 	bytes int
 	shutd bool
 	// next takes everything once the filter has dropped out.
@@ -40,8 +44,12 @@ type udpLink struct {
 	wake chan struct{}
 }
 
-func newUDPLink(u *UDP, buffer int) *udpLink {
-	return &udpLink{u: u, max: buffer, limit: max(udpLinkBytes, 2*buffer), wake: make(chan struct{}, 1)}
+func newUDPLink(u *UDP, buffer int, burst bool) *udpLink {
+	l := &udpLink{u: u, max: buffer, limit: max(udpBurstBytes, 2*buffer), depth: udpLinkDatagrams, wake: make(chan struct{}, 1)}
+	if burst {
+		l.depth = udpBurstBytes
+	}
+	return l
 }
 
 func (l *udpLink) push(b *filterapi.Buffer) {
@@ -55,11 +63,10 @@ func (l *udpLink) push(b *filterapi.Buffer) {
 	case l.shutd:
 	case len(b.Data) > l.max:
 		l.u.stats.oversize.Add(1)
-	case len(l.items) >= udpLinkDatagrams || l.bytes+len(b.Data) > l.limit:
+	case l.n >= l.depth || l.bytes+len(b.Data) > l.limit:
 		l.u.stats.linkFull.Add(1)
 	default:
-		l.items = append(l.items, b)
-		l.bytes += len(b.Data)
+		l.put(b)
 		l.mu.Unlock()
 		l.signal()
 		return
@@ -90,26 +97,41 @@ func (l *udpLink) shut() {
 func (l *udpLink) discard() {
 	l.shut()
 	l.mu.Lock()
-	items := l.items
-	l.items, l.bytes = nil, 0
+	var items []*filterapi.Buffer
+	for b := l.take(); b != nil; b = l.take() {
+		items = append(items, b)
+	}
 	l.mu.Unlock()
 	for _, b := range items {
 		b.Release()
 	}
 }
 
+// udpRingMin is the first size of a ring, which grows to what it must hold.
+const udpRingMin = 16
+
+// put adds a datagram; the caller holds l.mu.
+func (l *udpLink) put(b *filterapi.Buffer) {
+	if l.n == len(l.items) {
+		grown := make([]*filterapi.Buffer, max(udpRingMin, 2*l.n))
+		copy(grown[copy(grown, l.items[l.first:]):], l.items[:l.first])
+		l.items, l.first = grown, 0
+	}
+	l.items[(l.first+l.n)%len(l.items)] = b
+	l.n++
+	l.bytes += len(b.Data)
+}
+
 // take gives the next datagram, or nil; the caller holds l.mu.
 func (l *udpLink) take() *filterapi.Buffer {
-	if len(l.items) == 0 {
+	if l.n == 0 {
 		return nil
 	}
-	b := l.items[0]
-	l.items[0] = nil
-	l.items = l.items[1:]
+	b := l.items[l.first]
+	l.items[l.first] = nil
+	l.first = (l.first + 1) % len(l.items)
+	l.n--
 	l.bytes -= len(b.Data)
-	if len(l.items) == 0 {
-		l.items = nil
-	}
 	return b
 }
 

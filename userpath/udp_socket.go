@@ -162,6 +162,17 @@ func udpLocal(fd int) (netip.AddrPort, error) {
 	return udpFromUnix(sa), nil
 }
 
+// udpBurstBuffer is room for 64 KiB of payload even in datagrams of one byte.
+// The kernel charges 768 bytes for the smallest one, and doubles this.
+const udpBurstBuffer = udpBurstBytes * 768 / 2
+
+// deepen makes room for a burst. It only ever bounds what the kernel takes.
+func (s *udpSocket) deepen() {
+	_ = s.raw.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, udpBurstBuffer)
+	})
+}
+
 // udpPreferred asks the kernel which source address its route to a target
 // prefers: connecting a UDP socket sends nothing.
 func udpPreferred(target netip.AddrPort, mark uint32) (netip.Addr, error) {

@@ -29,17 +29,47 @@ var (
 // that is carried already is found again; another one of the same tuple
 // replaces it. It never waits for the network.
 func (u *UDP) Takeover(_ context.Context, t *engine.Takeover) flow.Path {
-	return u.take(udpRequest{
+	return u.take(udpRequestOf(t))
+}
+
+func udpRequestOf(t *engine.Takeover) udpRequest {
+	return udpRequest{
 		tuple: t.Tuple, dial: t.Dial, chain: t.Chain,
-		external: t.InitiatorExternal, buffer: t.Buffer, control: t,
-	})
+		external: t.InitiatorExternal, emulated: t.Emulated, oneWay: t.OneWay, burst: t.Burst,
+		buffer: t.Buffer, control: t,
+	}
 }
 
 func (u *UDP) take(q udpRequest) flow.Path {
+	if u.bring(q) != nil {
+		return flow.Drop
+	}
+	return flow.User
+}
+
+// Originate makes a flow to a client in the name of a filter that emulates its
+// peer, and returns when the socket stands: what is wrong with the client's
+// end is known after the first datagram at the earliest. The filter gets the
+// client's side as its internal socket, and no external. Originate owns the
+// takeover from the call on and reports its end in any case.
+func (u *UDP) Originate(_ context.Context, t *engine.Takeover) error {
+	return u.originate(udpRequestOf(t))
+}
+
+func (u *UDP) originate(q udpRequest) error {
+	q.emulated, q.external = true, true
+	if err := u.bring(q); err != nil {
+		return fmt.Errorf("originate %s: %w", q.tuple, err)
+	}
+	return nil
+}
+
+// bring makes a flow. On error it has ended.
+func (u *UDP) bring(q udpRequest) error {
 	key := udpKey{q.tuple.Src, q.tuple.Dst}
 	if old := u.find(key); old != nil {
 		if old.control == q.control {
-			return flow.User
+			return nil
 		}
 		u.end(old, flow.Closed, "begun anew")
 	}
@@ -48,13 +78,15 @@ func (u *UDP) take(q udpRequest) flow.Path {
 		u.stats.refused.Add(1)
 		u.log.Debug("UDP flow not taken over", zap.Stringer("flow", q.tuple), zap.Error(err))
 		q.control.Ended(flow.Counts{}, flow.Failed, err.Error())
-		return flow.Drop
+		if f != nil {
+			u.opened()
+		}
+		return err
 	}
-	q.control.Connected(f.pump.sock.local, q.dial.Target)
-	if !u.begin(f) {
-		return flow.Drop
+	if f.pump != nil { // else there is no external side to name
+		q.control.Connected(f.pump.sock.local, q.dial.Target)
 	}
-	return flow.User
+	return u.begin(f)
 }
 
 func (u *UDP) find(key udpKey) *udpFlow {
@@ -63,14 +95,18 @@ func (u *UDP) find(key udpKey) *udpFlow {
 	return u.flows[key]
 }
 
-// prepare finds or opens the sockets of a flow.
+// prepare finds or opens the sockets of a flow. A flow that comes with an error
+// had a place, which the caller gives back.
 func (u *UDP) prepare(q udpRequest, key udpKey) (*udpFlow, error) {
 	if err := u.check(q); err != nil {
 		return nil, fmt.Errorf("take over %s: %w", q.tuple, err)
 	}
-	pumpKey, err := u.pumpKey(q)
-	if err != nil {
-		return nil, fmt.Errorf("find the source address towards %s: %w", q.dial.Target, err)
+	var pumpKey udpPumpKey
+	if q.upstream() {
+		var err error
+		if pumpKey, err = u.pumpKey(q); err != nil {
+			return nil, fmt.Errorf("find the source address towards %s: %w", q.dial.Target, err)
+		}
 	}
 	if q.buffer <= 0 {
 		q.buffer = filterapi.DefaultDatagramBuffer
@@ -85,27 +121,58 @@ func (u *UDP) prepare(q udpRequest, key udpKey) (*udpFlow, error) {
 	}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	f.toInitiator = udpEncode(key.src)
-	if !pumpKey.only.IsValid() { // a connected socket knows it
+	if q.upstream() && !pumpKey.only.IsValid() { // a connected socket knows it
 		f.toTarget = udpEncode(q.dial.Target)
 	}
 	f.last.Store(u.now())
-	err = f.pump.open()
-	if err == nil {
-		err = f.reply.open(key.dst)
-	}
-	if err != nil {
-		u.unreserve()
+	if err = f.open(); err != nil {
 		u.letGo(f)
 		f.cancel()
-		return nil, err
+		return f, err
+	}
+	if q.burst {
+		u.deepen(f)
 	}
 	return f, nil
+}
+
+// open opens the sockets that are not open yet.
+func (f *udpFlow) open() error {
+	if f.pump != nil {
+		if err := f.pump.open(); err != nil {
+			return err
+		}
+	}
+	if f.reply != nil {
+		return f.reply.open(f.key.dst)
+	}
+	return nil
+}
+
+// deepen lets the sockets that receive for a flow hold a burst. Where the
+// kernel refuses, they hold what they held before.
+func (u *UDP) deepen(f *udpFlow) {
+	if f.pump != nil {
+		f.pump.sock.deepen()
+	}
+	for _, l := range u.listeners {
+		if l.sock.local.Addr().Is4() == f.tuple.Is4() {
+			l.sock.deepen()
+		}
+	}
 }
 
 // check refuses what the sockets cannot express.
 func (u *UDP) check(q udpRequest) error {
 	is4 := q.tuple.Is4()
-	for _, ap := range []netip.AddrPort{q.tuple.Src, q.tuple.Dst, q.dial.Target} {
+	ends := []netip.AddrPort{q.tuple.Src, q.tuple.Dst}
+	switch {
+	case q.emulated && len(q.chain) == 0:
+		return errNoEmulation
+	case q.upstream():
+		ends = append(ends, q.dial.Target)
+	}
+	for _, ap := range ends {
 		a := ap.Addr()
 		if !a.IsValid() || a.Is4() != is4 || a.Is4In6() || a.Zone() != "" || ap.Port() == 0 {
 			return fmt.Errorf("address %s: %w", ap, errUDPTuple)
@@ -149,7 +216,7 @@ func (u *UDP) pumpKey(q udpRequest) (udpPumpKey, error) {
 func (u *UDP) reserve(f *udpFlow, key udpPumpKey) (evicted *udpPump, err error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	pump, peers := u.pumps[key], u.peers[key.src]
+	peers := u.peers[f.key.src]
 	switch {
 	case u.closed:
 		return nil, errUDPClosed
@@ -160,32 +227,41 @@ func (u *UDP) reserve(f *udpFlow, key udpPumpKey) (evicted *udpPump, err error) 
 	case peers == 0 && len(u.peers) >= u.config.MaxSockets:
 		return nil, errUDPSockets
 	}
-	if pump == nil {
-		if len(u.pumps) >= u.config.MaxSockets {
-			if evicted = u.longestIdle(); evicted != nil {
-				delete(u.pumps, evicted.key)
+	if f.upstream() {
+		pump := u.pumps[key]
+		if pump == nil {
+			if len(u.pumps) >= u.config.MaxSockets {
+				if evicted = u.longestIdle(); evicted != nil {
+					delete(u.pumps, evicted.key)
+				}
 			}
+			pump = newUDPPump(u, key)
+			u.pumps[key] = pump
 		}
-		pump = newUDPPump(u, key)
-		u.pumps[key] = pump
+		pump.refs++
+		f.pump = pump
 	}
-	reply := u.replies[f.key.dst]
-	if reply == nil {
-		reply = &udpReply{}
-		u.replies[f.key.dst] = reply
+	if !f.originated() {
+		reply := u.replies[f.key.dst]
+		if reply == nil {
+			reply = &udpReply{}
+			u.replies[f.key.dst] = reply
+		}
+		reply.refs++
+		f.reply = reply
 	}
-	u.peers[key.src]++
-	pump.refs++
-	reply.refs++
+	u.peers[f.key.src]++
 	u.opening++
-	f.pump, f.reply = pump, reply
 	return evicted, nil
 }
 
-func (u *UDP) unreserve() {
+// opened says that a flow has begun, or has been reported.
+func (u *UDP) opened() {
 	u.mu.Lock()
-	u.opening--
-	u.mu.Unlock()
+	defer u.mu.Unlock()
+	if u.opening--; u.opening == 0 {
+		u.calm.Broadcast()
+	}
 }
 
 // longestIdle is the pump without peers that has been so for longest; nil if
@@ -200,28 +276,37 @@ func (u *UDP) longestIdle() (found *udpPump) {
 }
 
 // begin puts a flow in its places, from where on it carries datagrams. The
-// same tuple may have been taken over meanwhile: the later one stays.
-func (u *UDP) begin(f *udpFlow) bool {
+// same tuple may have been taken over meanwhile: the later one stays. On error
+// the flow has ended.
+func (u *UDP) begin(f *udpFlow) error {
+	defer u.opened()
 	if len(f.udpRequest.chain) > 0 {
 		f.filters = newUDPChain(u, f)
 		f.chain.Store(f.filters)
 		f.filters.start()
 	}
 	u.mu.Lock()
-	u.opening--
 	closed := u.closed
-	old := u.flows[f.key]
-	if !closed {
+	// A filter may have ended the flow, or a kill, and nobody would take it
+	// out again. (end takes the flow out after it has set ended.)
+	over := f.ended.Load()
+	var old *udpFlow
+	if !closed && !over {
+		old = u.flows[f.key]
 		u.flows[f.key] = f
-		f.pump.add(f)
+		if f.pump != nil {
+			f.pump.add(f)
+		}
 	}
 	u.mu.Unlock()
-	if old != nil && !closed {
+	switch {
+	case over:
+		return filterapi.ErrTerminating
+	case closed:
+		u.end(f, flow.Failed, errUDPClosed.Error())
+		return errUDPClosed
+	case old != nil:
 		u.end(old, flow.Closed, "begun anew")
 	}
-	if closed {
-		u.end(f, flow.Failed, errUDPClosed.Error())
-		return false
-	}
-	return true
+	return nil
 }

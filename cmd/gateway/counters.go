@@ -14,7 +14,7 @@ func (g *gateway) Counters() map[string]uint64 {
 		"tcp.flows": uint64(t.Flows), "tcp.unknown": t.Unknown, "tcp.expired": t.Expired,
 		"tcp.accept_errors": t.AcceptErrors, "tcp.filter_failures": t.FilterFailures,
 		"udp.flows": uint64(u.Flows), "udp.sockets": uint64(u.Sockets), "udp.unknown_peer": u.UnknownPeer,
-		"udp.no_flow": u.NoFlow, "udp.oversize": u.Oversize, "udp.link_full": u.LinkFull, "udp.send_lost": u.SendLost,
+		"udp.no_flow": u.NoFlow, "udp.one_way": u.OneWay, "udp.oversize": u.Oversize, "udp.link_full": u.LinkFull, "udp.send_lost": u.SendLost,
 		"udp.refused": u.Refused, "udp.errors_sent": u.ErrorsSent, "udp.errors_limited": u.ErrorsLimited,
 		"conntrack.events": w.Events, "conntrack.losses": w.Losses, "conntrack.malformed": w.Malformed,
 		"reports.losses": g.reports.Lost(),

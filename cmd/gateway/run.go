@@ -137,6 +137,8 @@ func (g *gateway) open(undo *ladder) (err error) {
 		return err
 	}
 	g.task("udp", g.udp.Run)
+	user := userpath.NewUser(g.tcp, g.udp, m.Bits)
+	g.task("own sockets", user.Run)
 	if g.Table, err = kernelpath.Open(0, g.log.Named("table")); err != nil {
 		return err
 	}
@@ -148,7 +150,7 @@ func (g *gateway) open(undo *ladder) (err error) {
 	g.task("cut", g.cutter.Run)
 	ports := nat.NewAllocator(g.cfg.Ports.Leases, portBusy, time.Now)
 	if g.engine, err = engine.New(engine.Config{
-		Policy: g.policy, Filters: g.filters, Kernel: g, Routes: g.routes, Ports: ports, Log: g.log,
+		Policy: g.policy, Filters: g.filters, Kernel: g, User: user, Routes: g.routes, Ports: ports, Log: g.log,
 	}); err != nil {
 		return err
 	}
