@@ -38,6 +38,7 @@ var meanings = map[string]string{
 	"udp.sockets":        "their sockets now",
 	"udp.unknown_peer":   "datagrams from peers that nobody asked for",
 	"udp.no_flow":        "datagrams without a flow",
+	"udp.one_way":        "dropped datagrams of clients that may not answer",
 	"udp.oversize":       "datagrams too large for their data filters",
 	"udp.link_full":      "datagrams lost: a data filter did not keep up",
 	"udp.send_lost":      "datagrams that the kernel did not take",
