@@ -51,7 +51,7 @@
 //     and ends. The rules are at DataFilter.
 //
 // Package filtertest runs a filter without a gateway. A tutorial is in
-// docs/writing-filters.md.
+// docs/writing-a-filter.md.
 //
 // # Coming from the ISA Server and Forefront TMG SDK
 //

@@ -1,7 +1,5 @@
 package filterapi
 
-import "net/netip"
-
 // Socket is one side of a connection: the network, or the next data filter; a
 // filter cannot tell which. One goroutine may receive while another sends.
 // (IFWXSocket)
@@ -22,30 +20,4 @@ type Socket interface {
 	Shutdown(abortive bool) error
 	// Close ends both sides; abortive as in Shutdown.
 	Close(abortive bool) error
-}
-
-// Buffer is a piece of a stream or one datagram. It has one owner at a time;
-// whoever receives it owns it, and sending or releasing ends that.
-type Buffer struct {
-	// Data is what was received. The owner may change it, shorten it or
-	// replace it.
-	Data []byte
-	// Addr is the far address of a datagram.
-	Addr netip.AddrPort
-
-	release func(*Buffer)
-}
-
-// NewBuffer wraps bytes, which then belong to the buffer. release, if not
-// nil, gets the buffer back when its last owner is done with it.
-func NewBuffer(data []byte, release func(*Buffer)) *Buffer {
-	return &Buffer{Data: data, release: release}
-}
-
-// Release gives the buffer back; it must not be touched afterwards. A nil
-// Buffer may be released.
-func (b *Buffer) Release() {
-	if b != nil && b.release != nil {
-		b.release(b)
-	}
 }

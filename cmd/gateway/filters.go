@@ -1,26 +1,19 @@
 package main
 
 import (
-	"github.com/sluicegw/sluice/config"
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/filters/ftp"
 	"github.com/sluicegw/sluice/filters/tftp"
 )
 
-// builtin makes the application filters of this binary, in the order that
-// counts inside a priority class.
+// builtin makes the application filters of this binary. This list is the one
+// place where they are named: a filter of your own, from whichever module, is
+// one import and one line here, and docs/writing-a-filter.md says how to write
+// it. The order counts: in it filters hear of an event, and in it those of one
+// priority are chained, the first next to the client.
 func builtin() []filterapi.Filter {
-	return append([]filterapi.Filter{ftp.New(), tftp.New()}, extra()...)
-}
-
-// parsers are the filters' readers of their options, by name.
-func parsers(filters []filterapi.Filter) config.OptionParsers {
-	out := make(config.OptionParsers, len(filters))
-	for _, f := range filters {
-		out[f.Name()] = nil
-		if p, ok := f.(filterapi.OptionsParser); ok {
-			out[f.Name()] = p.ParseOptions
-		}
-	}
-	return out
+	return append([]filterapi.Filter{
+		ftp.New(),
+		tftp.New(),
+	}, extra()...)
 }

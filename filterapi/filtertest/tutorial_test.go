@@ -37,7 +37,7 @@ func TestRendezvous(t *testing.T) {
 
 // The tutorial shows the code that was compiled and run.
 func TestTutorialIsThisCode(t *testing.T) {
-	page, err := os.ReadFile("../../docs/writing-filters.md")
+	page, err := os.ReadFile("../../docs/writing-a-filter.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -49,7 +49,7 @@ func TestTutorialIsThisCode(t *testing.T) {
 		_, code, _ := strings.Cut(string(source), "// tutorial: "+mark+"\n")
 		code, _, ok := strings.Cut(code, "// tutorial: end")
 		if code = strings.TrimSpace(code); !ok || !strings.Contains(string(page), code) {
-			t.Errorf("docs/writing-filters.md does not show the code of %s", file)
+			t.Errorf("docs/writing-a-filter.md does not show the code of %s", file)
 		}
 	}
 }
