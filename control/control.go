@@ -20,6 +20,10 @@ type Gateway interface {
 	SetNoKernelMode(ctx context.Context, rule string, on bool) error
 	Flows(context.Context) ([]Flow, error)
 	Permissions() []Permission
+	Sessions() []Session
+	// Disconnect cuts the flows of a session and voids its permissions.
+	// ErrNoSession: there is no such session.
+	Disconnect(ctx context.Context, session uint64) error
 	// Reload reads the configuration file again; on error the running policy
 	// stays.
 	Reload(context.Context) error

@@ -72,6 +72,20 @@ func (g *fakeGateway) Permissions() []Permission {
 	})}
 }
 
+func (g *fakeGateway) Sessions() []Session {
+	return []Session{SessionOf(engine.SessionInfo{
+		ID: 3, Client: netip.MustParseAddr("10.0.0.2"), User: "ann", Private: true, Since: time.Unix(1700000000, 0).UTC(),
+		Flows: 2, Permissions: 1, Filters: []string{"ftp"},
+	})}
+}
+
+func (g *fakeGateway) Disconnect(_ context.Context, id uint64) error {
+	if id != 3 {
+		return fmt.Errorf("%w: %d", ErrNoSession, id)
+	}
+	return nil
+}
+
 func (g *fakeGateway) Reload(context.Context) error {
 	return errors.New("gateway.yaml:3: no such network")
 }
@@ -115,6 +129,12 @@ func TestQuestionsAndAnswers(t *testing.T) {
 			t.Errorf("unknown rule %q: %v", name, err)
 		}
 	}
+	if err := c.Disconnect(ctx, 3); err != nil {
+		t.Error(err)
+	}
+	if err := c.Disconnect(ctx, 4); err == nil || err.Error() != "no such session: 4" {
+		t.Errorf("unknown session: %v", err)
+	}
 	if err := c.Reload(ctx); err == nil || err.Error() != "gateway.yaml:3: no such network" {
 		t.Errorf("reload: %v", err)
 	}
@@ -142,6 +162,7 @@ func TestShapes(t *testing.T) {
 	for url, want := range map[string]string{
 		"/flows":       `[{"path":"user","proto":"tcp","src":"10.0.0.2:40000","dst":"203.0.113.10:21","rule":"ftp","start":"2023-11-14T22:13:20Z"}]`,
 		"/permissions": `[{"id":7,"state":"armed","direction":"inbound","proto":"tcp","client":"10.0.0.2:5000","external":"203.0.113.1:61000","sources":["any"],"multiple":false,"path":"kernel","rule":"ftp","session":3,"flows":0}]`,
+		"/sessions":    `[{"id":3,"client":"10.0.0.2","user":"ann","kind":"private","since":"2023-11-14T22:13:20Z","flows":2,"permissions":1,"filters":["ftp"]}]`,
 	} {
 		resp, err := client.Get("http://gateway" + url)
 		if err != nil {

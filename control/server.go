@@ -120,6 +120,7 @@ func routes(g Gateway) http.Handler {
 		reply(w, f, err)
 	})
 	m.HandleFunc("GET /permissions", func(w http.ResponseWriter, _ *http.Request) { reply(w, g.Permissions(), nil) })
+	sessionRoutes(m, g)
 	m.HandleFunc("GET /counters", func(w http.ResponseWriter, _ *http.Request) { reply(w, g.Counters(), nil) })
 	m.HandleFunc("POST /reload", func(w http.ResponseWriter, r *http.Request) { reply(w, struct{}{}, g.Reload(r.Context())) })
 	return m
@@ -127,7 +128,7 @@ func routes(g Gateway) http.Handler {
 
 func reply(w http.ResponseWriter, v any, err error) {
 	switch {
-	case errors.Is(err, ErrNoRule):
+	case errors.Is(err, ErrNoRule), errors.Is(err, ErrNoSession):
 		http.Error(w, err.Error(), http.StatusNotFound)
 	case err != nil:
 		http.Error(w, err.Error(), http.StatusUnprocessableEntity)

@@ -114,26 +114,9 @@ func (g *gateway) reload() error {
 func (g *gateway) recheck(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	var living []kernelpath.KernelFlow
-	var err error
-	for range dumpTries {
-		if living, err = kernelpath.Dump(ctx, g.bits, flow.Kernel); err == nil {
-			break
-		}
-	}
-	tuples := make([]flow.Tuple, 0, len(living))
-	for _, f := range living {
-		tuples = append(tuples, f.Tuple)
-	}
-	if err != nil {
-		err = fmt.Errorf("look at the kernel's flows: %w", err)
-	}
+	tuples, err := g.kernelFlows(ctx)
 	return errors.Join(err, g.engine.Recheck(ctx, tuples))
 }
-
-// dumpTries is how often the kernel is asked for its flows, whose list may
-// change while it is read.
-const dumpTries = 3
 
 // needsRestart names a section that differs and that only a new process can
 // take up.
