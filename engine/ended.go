@@ -25,19 +25,18 @@ func (e *Engine) over(c *connection, end flow.End) {
 	}
 	e.record(end, about{rule: c.rule, protocol: c.protocol, session: c.session, secondary: c.secondary})
 	if c.perm != nil {
-		e.settle(c)
+		e.settle(c.perm)
 	}
 	leave := func() {
 		if c.held {
 			e.release(c.session)
 		}
 	}
-	if !c.hasListeners() {
+	if len(c.heard()) == 0 {
 		leave()
 		return
 	}
 	e.tasks.run(func() {
-		c.farewells()
 		e.terminating(c)
 		leave()
 	})

@@ -40,7 +40,7 @@ func Builtin() []Protocol {
 		{Name: "radius", Matches: append(udp(1812), udp(1813)...)},
 		{Name: "rdp", Matches: both(3389)},
 		{Name: "vnc", Matches: ports(flow.TCP, 5900, 5909)},
-		{Name: "sip", Matches: both(5060)},
+		{Name: "sip", Matches: both(5060), Filter: "sip"},
 		{Name: "sips", Matches: tcp(5061)},
 		{Name: "stun", Matches: both(3478)},
 		{Name: "rtsp", Matches: tcp(554)},
