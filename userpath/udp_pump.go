@@ -66,8 +66,8 @@ func (p *udpPump) open() error {
 	p.once.Do(func() {
 		p.sock, p.err = udpOpen(udpSpec{
 			local: p.key.source, transparent: p.key.transparent,
-			reuse: p.key.source.Port() != 0,
-			mark:  p.u.marks.Value(flow.Own), errors: true, remote: p.key.only,
+			reuse: p.key.source.Port() != 0, lend: p.key.source.Port() == 0,
+			mark: p.u.marks.Value(flow.Own), errors: true, remote: p.key.only,
 			receive: udpSocketBuffer, send: udpSocketBuffer,
 		})
 		if p.err == nil {

@@ -29,7 +29,11 @@ type udpSpec struct {
 	// reuse: others may be bound to the same address. Never with port 0, or
 	// the kernel may choose a port that is taken.
 	reuse bool
-	mark  uint32
+	// lend: sockets with reuse may be bound to the address that the kernel has
+	// chosen, once it has. A bind at the end of a living flow has that address
+	// too, and a reply socket that speaks in its name.
+	lend bool
+	mark uint32
 	// original: ask for the original destination of each datagram.
 	original bool
 	// errors: ICMP errors go to the error queue.
@@ -86,6 +90,11 @@ func udpSetUp(fd int, s udpSpec) (netip.AddrPort, error) {
 	}
 	if err := unix.Bind(fd, udpUnixAddr(s.local)); err != nil {
 		return none, fmt.Errorf("bind UDP socket to %s: %w", s.local, err)
+	}
+	if s.lend {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+			return none, fmt.Errorf("set SO_REUSEADDR on bound UDP socket: %w", err)
+		}
 	}
 	if s.remote.IsValid() {
 		if err := unix.Connect(fd, udpUnixAddr(s.remote)); err != nil {
