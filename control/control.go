@@ -46,18 +46,20 @@ type Rule struct {
 
 // Flow is a living flow as `gateway flows` shows it.
 type Flow struct {
-	Path      string    `json:"path"`
-	Proto     string    `json:"proto"`
-	Src       string    `json:"src"`
-	Dst       string    `json:"dst"`
-	NATSrc    string    `json:"nat_src,omitempty"`
-	NATDst    string    `json:"nat_dst,omitempty"`
-	Rule      string    `json:"rule,omitempty"`
-	Protocol  string    `json:"protocol,omitempty"`
-	Session   uint64    `json:"session,omitempty"`
-	Secondary bool      `json:"secondary,omitempty"`
-	Offloaded bool      `json:"offloaded,omitempty"`
-	Start     time.Time `json:"start"`
+	Path      string `json:"path"`
+	Proto     string `json:"proto"`
+	Src       string `json:"src"`
+	Dst       string `json:"dst"`
+	NATSrc    string `json:"nat_src,omitempty"`
+	NATDst    string `json:"nat_dst,omitempty"`
+	Rule      string `json:"rule,omitempty"`
+	Protocol  string `json:"protocol,omitempty"`
+	Session   uint64 `json:"session,omitempty"`
+	Secondary bool   `json:"secondary,omitempty"`
+	// Permission is the ID of the one that let it in.
+	Permission uint64    `json:"permission,omitempty"`
+	Offloaded  bool      `json:"offloaded,omitempty"`
+	Start      time.Time `json:"start"`
 	// The counts are conntrack's; those of a flow in user space come with its
 	// end, in the log.
 	Counts *flow.Counts `json:"counts,omitempty"`
@@ -65,20 +67,30 @@ type Flow struct {
 
 // Permission is a permission as `gateway permissions` shows it.
 type Permission struct {
-	ID        uint64     `json:"id"`
-	State     string     `json:"state"`
-	Direction string     `json:"direction"`
-	Proto     string     `json:"proto"`
-	Client    string     `json:"client"`
-	Target    string     `json:"target,omitempty"`
-	External  string     `json:"external,omitempty"`
-	Sources   []string   `json:"sources,omitempty"`
-	Multiple  bool       `json:"multiple"`
-	Path      string     `json:"path"`
-	Rule      string     `json:"rule"`
-	Session   uint64     `json:"session"`
-	Flows     int        `json:"flows"`
-	Expires   *time.Time `json:"expires,omitempty"`
+	ID        uint64 `json:"id"`
+	State     string `json:"state"`
+	Direction string `json:"direction"` // outbound, redirect or inbound
+	Proto     string `json:"proto"`
+	// Client is empty for a bind that waits for it.
+	Client   string   `json:"client"`
+	Target   string   `json:"target,omitempty"`
+	Via      string   `json:"via,omitempty"`    // of a redirect: where the client goes instead
+	Source   string   `json:"source,omitempty"` // the gateway's address that flows leave from, if it was asked for
+	External string   `json:"external,omitempty"`
+	Sources  []string `json:"sources,omitempty"`
+	Multiple bool     `json:"multiple"`
+	OneWay   bool     `json:"one_way,omitempty"`
+	// AddressBased: it belongs to the client's address, not to the session.
+	AddressBased bool   `json:"address_based,omitempty"`
+	Notify       bool   `json:"notify,omitempty"` // a filter hears of established flows
+	Path         string `json:"path"`
+	Rule         string `json:"rule"`
+	Protocol     string `json:"protocol,omitempty"`
+	Session      uint64 `json:"session"`
+	Flows        int    `json:"flows"`
+	// Living are the flows that it has let in, "source > destination".
+	Living  []string   `json:"living,omitempty"`
+	Expires *time.Time `json:"expires,omitempty"`
 }
 
 // FlowOf turns the engine's view into the one for people.
@@ -87,6 +99,7 @@ func FlowOf(i engine.FlowInfo) Flow {
 		Path: i.Path.String(), Proto: i.Proto.String(), Src: i.Src.String(), Dst: i.Dst.String(),
 		NATSrc: addr(i.Translation.Src), NATDst: addr(i.Translation.Dst),
 		Rule: i.Rule, Protocol: i.Protocol, Session: i.Session, Secondary: i.Secondary, Start: i.Start,
+		Permission: i.Permission,
 	}
 }
 
@@ -94,11 +107,18 @@ func FlowOf(i engine.FlowInfo) Flow {
 func PermissionOf(i engine.PermissionInfo) Permission {
 	p := Permission{
 		ID: i.ID, State: i.State, Direction: "outbound", Proto: i.Proto.String(), Client: i.Owner.String(),
-		Target: addr(i.Target), External: addr(i.External), Multiple: i.Multiple, Path: flow.Kernel.String(),
-		Rule: i.Rule, Session: i.Session, Flows: i.Flows,
+		Target: addr(i.Target), Via: addr(i.Via), Source: addr(i.Source), External: addr(i.External),
+		Multiple: i.Multiple, OneWay: i.OneWay, AddressBased: i.AddressBased, Notify: i.Notify, Path: flow.Kernel.String(),
+		Rule: i.Rule, Protocol: i.Protocol, Session: i.Session, Flows: len(i.Living),
 	}
-	if i.External.IsValid() {
-		p.Direction, p.Client = "inbound", i.Client.String()
+	for _, t := range i.Living {
+		p.Living = append(p.Living, t.Src.String()+" > "+t.Dst.String())
+	}
+	if i.Via.IsValid() {
+		p.Direction = "redirect"
+	}
+	if !i.Target.IsValid() {
+		p.Direction, p.Client = "inbound", addr(i.Client)
 		for _, s := range i.Sources {
 			p.Sources = append(p.Sources, s.String())
 		}

@@ -141,7 +141,7 @@ func (c *connection) far() netip.AddrPort {
 	case c.perm != nil && c.perm.Via.IsValid():
 		return c.perm.Target
 	}
-	return c.tuple.Dst
+	return c.target()
 }
 
 // inbound says whether a permission let the flow in towards the client.

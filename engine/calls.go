@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"context"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -14,152 +13,155 @@ import (
 )
 
 const (
-	bindFlags = filterapi.AllowMultiple | filterapi.Timeout | filterapi.NoKernelMode |
-		filterapi.ToSameNet | filterapi.ToSameNetwork | filterapi.ToAll
-	connectFlags = bindFlags | filterapi.AddressBased
+	widerFlags   = filterapi.ToSameNet | filterapi.ToSameNetwork | filterapi.ToAll
+	commonFlags  = filterapi.AllowMultiple | filterapi.Timeout | filterapi.NoKernelMode
+	connectFlags = commonFlags | widerFlags | filterapi.AddressBased
+	udpFlags     = filterapi.Bidirectional | filterapi.IncreaseReceiveBuffer
 )
+
+// terms are what a permission call has found out about what it was given.
+type terms struct {
+	primary *connection // nil: there is none
+	basis   basis
+	standing
+	verdict policy.Verdict // on the basis
+	notify  *hearer        // nil: nobody
+	context any
+}
 
 // AllowFutureConnect implements filterapi.Session.
 func (s *session) AllowFutureConnect(f filterapi.FutureConnect) (filterapi.Action, error) {
-	primary, err := s.checkCall(f.Negotiated, connectFlags)
-	if err != nil {
-		return nil, fmt.Errorf("allow future connect: %w", err)
-	}
-	if !f.Target.IsValid() || f.Target.Port() == 0 || f.Target.Addr().Is4() != s.addr.Is4() {
-		return nil, fmt.Errorf("allow future connect to %v: %w", f.Target, filterapi.ErrInvalidArgument)
-	}
-	if !s.e.within(f.Flags, f.Target.Addr(), primary.tuple.Dst.Addr()) {
-		return nil, fmt.Errorf("allow future connect to %v, not the peer of the primary connection: %w", f.Target, filterapi.ErrPolicyDenied)
-	}
-	p := s.newPermission(primary, f.Negotiated)
-	p.Direction, p.Target = nat.Outbound, f.Target
-	p.Client = netip.AddrPortFrom(s.addr, 0)
-	if err := s.e.grant(p); err != nil {
-		_ = s.e.void(p) // it logs
+	fail := func(err error) (filterapi.Action, error) {
 		return nil, fmt.Errorf("allow future connect to %v: %w", f.Target, err)
+	}
+	if !s.reachable(f.Target) {
+		return fail(filterapi.ErrInvalidArgument)
+	}
+	t, err := s.checkCall(f.Negotiated, connectFlags, f.Target)
+	if err != nil {
+		return fail(err)
+	}
+	if err := s.checkSource(f.External, f.Flags); err != nil {
+		return fail(err)
+	}
+	// Without a primary connection the rules were asked about the target.
+	switch {
+	case t.primary == nil && f.Flags&widerFlags != 0:
+		return fail(fmt.Errorf("a wider target without a primary connection: %w", filterapi.ErrInvalidArgument))
+	case t.primary != nil && !s.e.within(f.Flags, f.Target.Addr(), t.primary.far().Addr()):
+		return fail(fmt.Errorf("not the peer of the primary connection: %w", filterapi.ErrPolicyDenied))
+	}
+	p := s.newPermission(t, f.Negotiated)
+	p.Direction, p.Client, p.Target, p.Source = nat.Outbound, netip.AddrPortFrom(s.addr, 0), f.Target, f.External
+	p.addressBased = f.Flags&filterapi.AddressBased != 0
+	if err := s.e.grant(p); err != nil {
+		s.e.abandon(p)
+		return fail(err)
 	}
 	return action{s.e, p}, nil
 }
 
-// BindForClient implements filterapi.Session.
-func (s *session) BindForClient(b filterapi.Bind) ([]*connection, error) {
-	if len(b.Clients) != 1 {
-		return nil, filterapi.ErrNotSupported
-	}
-	client := b.Clients[0]
-	primary, err := s.checkCall(b.Negotiated, bindFlags)
-	if err != nil {
-		return nil, fmt.Errorf("bind for client: %w", err)
-	}
-	if !client.IsValid() || client.Port() == 0 || client.Addr().Is4() != s.addr.Is4() {
-		return nil, fmt.Errorf("bind for client %v: %w", client, filterapi.ErrInvalidArgument)
-	}
-	if !s.e.within(b.Flags, client.Addr(), s.addr) {
-		return nil, fmt.Errorf("bind for client %v, not the session's own address: %w", client, filterapi.ErrPolicyDenied)
-	}
-	if !suits(b.IPFilter, s.addr) {
-		return nil, fmt.Errorf("bind for client %v: IP filter: %w", client, filterapi.ErrInvalidArgument)
-	}
-	// The filters' handlers run in the session.
-	if !s.ref() {
-		return nil, fmt.Errorf("bind for client: %w", filterapi.ErrTerminating)
-	}
-	defer s.e.release(s)
-	p := s.newPermission(primary, b.Negotiated)
-	p.Direction, p.Client, p.External = nat.Inbound, client, client
-	p.filter = b.IPFilter.Clone()
-	p.setSources(p.filter)
-	if addr, hidden := s.e.external(primary); hidden {
-		var ok bool
-		if p.External, ok = s.e.ports.Lease(b.Proto, addr); !ok {
-			return nil, fmt.Errorf("bind for client %v: %w", client, filterapi.ErrNoPorts)
-		}
-		p.leased = true
-	}
-	p.object = &connection{
-		e: s.e, session: s, tuple: flow.Tuple{Proto: b.Proto, Dst: p.External}, start: s.e.now(), bind: p,
-		name: p.External,
-	}
-	p.object.inherit(primary, nil)
-	if err := s.e.openBind(p); err != nil {
-		_ = s.e.void(p) // it logs
-		return nil, fmt.Errorf("bind for client %v: %w", client, err)
-	}
-	return []*connection{p.object}, nil
+// reachable says whether an address and port can be somebody that the client
+// talks to.
+func (s *session) reachable(a netip.AddrPort) bool {
+	return a.Port() != 0 && s.plain(a.Addr())
 }
 
-// external is the gateway's address that a connection's client is hidden
-// behind; false: it is not hidden.
-func (e *Engine) external(c *connection) (addr netip.Addr, hidden bool) {
-	if name, err := c.ExternalName(); err == nil {
-		return name.Addr(), name.Addr() != c.tuple.Src.Addr()
-	}
-	d := e.upstream(c)
-	if d.Transparent {
-		return netip.Addr{}, false
-	}
-	if d.Source.IsValid() {
-		return d.Source.Addr(), true
-	}
-	_, source, _, err := e.routes.Lookup(c.tuple.Dst.Addr())
-	return source, err == nil && source.IsValid()
+// plain says whether an address is one host's, and of the client's family.
+func (s *session) plain(a netip.Addr) bool {
+	return a.IsValid() && a.Is4() == s.addr.Is4() && !a.Is4In6() && a.Zone() == "" && !a.IsUnspecified() && !a.IsMulticast()
 }
 
-// openBind asks the filters that watch binds and then grants it.
-func (e *Engine) openBind(p *permission) error {
-	ctx, cancel := context.WithTimeout(context.Background(), bindDeadline)
-	defer cancel()
-	kind := filterapi.BindUDP
-	if p.Proto == flow.TCP {
-		kind = filterapi.BindTCP
+// checkSource checks the address that connections are to leave from.
+func (s *session) checkSource(external netip.AddrPort, flags filterapi.Flags) error {
+	if external == (netip.AddrPort{}) {
+		return nil
 	}
-	c := p.object
-	if err := e.notify(ctx, c, kind, func(_ *registered, a filterapi.About) filterapi.Event {
-		return &filterapi.BindEvent{About: a, TCP: p.Proto == flow.TCP, External: p.External}
-	}); err != nil {
-		return fmt.Errorf("%w: %w", filterapi.ErrPolicyDenied, err)
+	if !s.own(external.Addr()) {
+		return fmt.Errorf("external address %v is not the gateway's: %w", external, filterapi.ErrInvalidArgument)
 	}
-	if err := e.grant(p); err != nil {
-		return err
-	}
-	if p.Proto == flow.TCP {
-		// A listen cannot be refused any more; its handlers' errors are in the
-		// log.
-		_ = e.notify(ctx, c, filterapi.Listen, func(_ *registered, a filterapi.About) filterapi.Event {
-			return &filterapi.ListenEvent{About: a, External: p.External}
-		})
+	if external.Port() != 0 && flags&filterapi.AllowMultiple != 0 {
+		return fmt.Errorf("many connections from one external port: %w", filterapi.ErrInvalidArgument)
 	}
 	return nil
 }
 
-// bindDeadline bounds the handlers of a bind.
-const bindDeadline = 800 * time.Millisecond
+// own says whether an address is one of the gateway's.
+func (s *session) own(a netip.Addr) bool {
+	if !s.plain(a) {
+		return false
+	}
+	_, _, local, err := s.e.routes.Lookup(a)
+	return err == nil && local
+}
 
 // checkCall holds what the permission calls have in common. The access rules
-// are asked at the call; use is not checked again.
-func (s *session) checkCall(n filterapi.Negotiated, allowed filterapi.Flags) (*connection, error) {
-	primary, p, flags, expiry := n.Primary, n.Proto, n.Flags, n.Expiry
-	c, ok := unwrap(primary)
+// are asked at the call; use is not checked again. target, if valid, is what
+// they are asked about where there is no primary connection.
+func (s *session) checkCall(n filterapi.Negotiated, allowed filterapi.Flags, target netip.AddrPort) (terms, error) {
+	t := terms{context: n.Context}
 	switch {
-	case !ok || c.session != s || c.bind != nil:
-		return nil, fmt.Errorf("primary connection: %w", filterapi.ErrInvalidArgument)
-	case !p.HasPorts():
-		return nil, fmt.Errorf("protocol %v: %w", p, filterapi.ErrInvalidArgument)
-	case flags&^allowed != 0:
-		return nil, fmt.Errorf("flags 0x%x: %w", flags&^allowed, filterapi.ErrInvalidArgument)
-	case expiry < 0:
-		return nil, fmt.Errorf("expiry %v: %w", expiry, filterapi.ErrInvalidArgument)
+	case !n.Proto.HasPorts():
+		return t, fmt.Errorf("protocol %v: %w", n.Proto, filterapi.ErrInvalidArgument)
+	case n.Flags&^allowed != 0:
+		return t, fmt.Errorf("flags 0x%x: %w", n.Flags&^allowed, filterapi.ErrInvalidArgument)
+	case n.Proto != flow.UDP && n.Flags&udpFlags != 0:
+		return t, fmt.Errorf("flags 0x%x are for UDP: %w", n.Flags&udpFlags, filterapi.ErrInvalidArgument)
+	case n.Expiry < 0:
+		return t, fmt.Errorf("expiry %v: %w", n.Expiry, filterapi.ErrInvalidArgument)
+	}
+	if n.Notify != nil {
+		h, ok := s.listener(n.Notify)
+		if !ok {
+			return t, fmt.Errorf("a session filter that is not attached to this session: %w", filterapi.ErrInvalidArgument)
+		}
+		t.notify = &h
+	}
+	if err := s.stand(&t, n, target); err != nil {
+		return t, err
+	}
+	var err error
+	if t.verdict, err = s.e.judge(t.basis); err != nil {
+		// A bind that discards need not be allowed yet; nonsense it may not be.
+		if n.Flags&filterapi.Discarding == 0 || t.verdict.Reason == policy.ReasonProtocol {
+			return t, err
+		}
+	}
+	if t.primary == nil || t.protocol != t.primary.protocol {
+		t.rule, t.uses = t.verdict.Rule, t.verdict.Filters
+		if err != nil {
+			t.rule, t.uses = nil, nil
+		}
+	}
+	return t, nil
+}
+
+// stand finds what the flows of a permission stand on.
+func (s *session) stand(t *terms, n filterapi.Negotiated, target netip.AddrPort) error {
+	if n.Primary == nil {
+		if n.Protocol == "" {
+			return fmt.Errorf("neither a primary connection nor a protocol: %w", filterapi.ErrInvalidArgument)
+		}
+		t.basis = basis{tuple: flow.Tuple{Proto: n.Proto, Src: netip.AddrPortFrom(s.addr, 0), Dst: target}, protocol: n.Protocol}
+		t.protocol = n.Protocol
+		return nil
+	}
+	c, ok := unwrap(n.Primary)
+	if !ok || c.session != s || c.bind != nil {
+		return fmt.Errorf("primary connection: %w", filterapi.ErrInvalidArgument)
 	}
 	c.mu.Lock()
 	ended := c.ended
 	c.mu.Unlock()
 	if ended {
-		return nil, filterapi.ErrTerminating
+		return filterapi.ErrTerminating
 	}
-	if !s.e.stillAllowed(c) {
-		return nil, filterapi.ErrPolicyDenied
+	t.primary, t.basis = c, c.basis()
+	t.standing = standing{c.rule, c.protocol, c.uses}
+	if n.Protocol != "" && n.Protocol != c.protocol {
+		t.basis.protocol, t.protocol = n.Protocol, n.Protocol
 	}
-	return c, nil
+	return nil
 }
 
 // within compares an address with the only one that is allowed unless a flag
@@ -197,34 +199,33 @@ func (e *Engine) sameNetwork(a, b netip.Addr) bool {
 	return slices.ContainsFunc(p.NetworksOf(a, ifaceA), func(n string) bool { return n != policy.Any && slices.Contains(theirs, n) })
 }
 
-func (s *session) newPermission(primary *connection, n filterapi.Negotiated) *permission {
-	p, flags, expiry := n.Proto, n.Flags, n.Expiry
-	out := &permission{session: s, primary: primary}
-	out.ID = s.e.nextID()
-	out.Proto = p
-	out.addressBased = flags&filterapi.AddressBased != 0
-	out.Multiple = flags&filterapi.AllowMultiple != 0
-	out.ToUser = flags&filterapi.NoKernelMode != 0 || primary.rule.NoKernelMode || s.watchesSecondary(primary.uses)
-	if flags&filterapi.Timeout != 0 {
-		out.Timeout = filterapi.DefaultTimeout
-		if expiry > 0 {
-			out.Timeout = expiry
+// newPermission is a permission as far as all of the calls know it.
+func (s *session) newPermission(t terms, n filterapi.Negotiated) *permission {
+	p := &permission{session: s, primary: t.primary, basis: t.basis, standing: t.standing, notify: t.notify, context: t.context}
+	p.ID = s.e.nextID()
+	p.Proto = n.Proto
+	p.Multiple = n.Flags&filterapi.AllowMultiple != 0
+	p.burst = n.Flags&filterapi.IncreaseReceiveBuffer != 0
+	p.forced = n.Flags&filterapi.NoKernelMode != 0 || t.rule != nil && t.rule.NoKernelMode
+	p.ToUser = p.forced || s.watches(t.uses, t.primary != nil)
+	if n.Flags&filterapi.Timeout != 0 {
+		p.Timeout = filterapi.DefaultTimeout
+		if n.Expiry > 0 {
+			p.Timeout = n.Expiry
 		}
 	}
-	return out
+	return p
 }
 
-// watchesSecondary says whether a filter of the rule wants to hear of
-// secondary connections, which must then come to user space.
-func (s *session) watchesSecondary(uses []policy.FilterUse) bool {
+// watches says whether a filter wants to hear of the flows of a permission,
+// which must then come to user space.
+func (s *session) watches(uses []policy.FilterUse, secondary bool) bool {
 	const flows = filterapi.ConnectTCP | filterapi.UDPDestination | filterapi.Accepted
-	for _, r := range s.e.filters {
+	return slices.ContainsFunc(s.e.filters, func(r *registered) bool {
 		ev := s.wants(r)
-		if _, ok := bound(ev, ev.Types&flows, r.filter.Name(), uses, true); ok {
-			return true
-		}
-	}
-	return false
+		_, ok := bound(ev, ev.Types&flows, r.filter.Name(), uses, secondary)
+		return ok
+	})
 }
 
 // suits says whether the addresses of an IP filter are of the client's family,
@@ -233,7 +234,5 @@ func suits(f *filterapi.IPFilter, client netip.Addr) bool {
 	return f == nil || !slices.ContainsFunc(f.Prefixes(), func(p netip.Prefix) bool { return p.Addr().Is4() != client.Is4() })
 }
 
-func (p *permission) setSources(f *filterapi.IPFilter) {
-	p.AnySource, p.Sources = f == nil, nil
-	p.Sources = f.Prefixes()
-}
+// bindDeadline bounds the handlers of an event that a call raises.
+const bindDeadline = 800 * time.Millisecond

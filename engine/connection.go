@@ -36,26 +36,28 @@ type connection struct {
 
 	internalTranslation bool // its server sees the gateway's own address
 
-	mu       sync.Mutex
-	handler  *registered         // the filter whose handler runs; nil: none
-	handling filterapi.EventMask // what it handles
-	denied   bool
-	killed   bool
-	links    []Link
-	peers    []remembered // of a bind: data filters for one peer each
-	number   uint64       // for remembered; 0: not asked for yet
-	buffer   int
-	emulated bool        // a filter plays the far end
-	emulator *registered // which
-	sent     uint64      // bytes that it says were sent
-	path     flow.Path
-	takeover *Takeover
-	name     netip.AddrPort // of the external side, once connected
-	peer     netip.AddrPort
-	named    bool // a filter has set name
-	ended    bool
-	hearers  []hearer
-	handles  []*connHandle
+	mu        sync.Mutex
+	handler   *registered         // the filter whose handler runs; nil: none
+	handling  filterapi.EventMask // what it handles
+	denied    bool
+	killed    bool
+	links     []Link
+	peers     []remembered // of a bind: data filters for one peer each
+	number    uint64       // for remembered; 0: not asked for yet
+	buffer    int
+	emulated  bool        // a filter plays the far end
+	emulator  *registered // which
+	sent      uint64      // bytes that it says were sent
+	path      flow.Path
+	takeover  *Takeover
+	name      netip.AddrPort // of the external side, once connected
+	peer      netip.AddrPort
+	named     bool // a filter has set name
+	ended     bool
+	stands    bool          // it is established from end to end
+	announced chan struct{} // closed when a filter has heard of that; nil: none hears
+	hearers   []hearer
+	handles   []*connHandle
 }
 
 type hearer struct {
@@ -103,20 +105,6 @@ func (l *living) all() []*connection {
 	return out
 }
 
-// root is the primary connection, by which the rules judge.
-func (c *connection) root() *connection {
-	for {
-		switch {
-		case c.perm != nil:
-			c = c.perm.primary
-		case c.bind != nil:
-			c = c.bind.primary
-		default:
-			return c
-		}
-	}
-}
-
 // inKernel says whether the kernel carries the flow.
 func (c *connection) inKernel() bool {
 	c.mu.Lock()
@@ -150,11 +138,15 @@ func (c *connection) isDenied() bool {
 
 // told remembers a filter that heard of the connection.
 func (c *connection) told(r *registered, a *attachment) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.toldLocked(r, a)
+}
+
+func (c *connection) toldLocked(r *registered, a *attachment) {
 	if a.events.Types&filterapi.Terminating == 0 {
 		return
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if h := (hearer{r, a}); !slices.Contains(c.hearers, h) { // a bind raises two events
 		c.hearers = append(c.hearers, h)
 	}
@@ -164,6 +156,13 @@ func (c *connection) heard() []hearer {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.hearers
+}
+
+// hasListeners says whether its end must wait for filters.
+func (c *connection) hasListeners() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.hearers) > 0 || c.announced != nil
 }
 
 // ExternalName implements filterapi.Connection.

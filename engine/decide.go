@@ -56,9 +56,13 @@ func (e *Engine) concerns(c *connection) bool {
 
 // forUser says whether a flow that the filters have seen goes to user space.
 func (c *connection) forUser() bool {
+	forced := false
+	if c.perm != nil {
+		forced, _, _ = c.perm.carriage()
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return len(c.links) > 0 || c.rule.NoKernelMode || c.perm != nil && c.perm.ToUser
+	return len(c.links) > 0 || c.rule.NoKernelMode || forced
 }
 
 // commit makes the decision known to the connection; false: it was killed
@@ -94,12 +98,15 @@ func refusedPath(c *connection) flow.Path {
 func (e *Engine) admit(rules *policy.Policy, p flow.Packet) (*connection, *refused) {
 	c := &connection{e: e, tuple: p.Tuple, inIface: p.InIface, start: e.now()}
 	if perm := e.usePermission(p.Tuple, false); perm != nil {
-		c.inherit(perm.primary, perm)
+		c.inherit(perm)
 		if c.held = perm.session.ref(); !c.held {
 			return c, &refused{refusedPath(c), flow.Denied, "the session of its permission has ended"}
 		}
 		c.session = perm.session
 		return c, nil
+	}
+	if e.perms.leads(p.Tuple) {
+		return c, &refused{flow.Reject, flow.Denied, "the address leads to a target, and not for this flow"}
 	}
 	q, err := e.question(p.Tuple, p.InIface)
 	if err != nil {
@@ -117,16 +124,30 @@ func (e *Engine) admit(rules *policy.Policy, p flow.Packet) (*connection, *refus
 	return c, nil
 }
 
-// inherit makes a secondary connection run under its primary's rule.
-func (c *connection) inherit(primary *connection, perm *permission) {
-	c.perm, c.secondary = perm, true
-	c.rule, c.protocol, c.uses = primary.rule, primary.protocol, primary.uses
+// inherit makes a connection run under the rule of the permission that let it
+// in, or whose bind it is.
+func (c *connection) inherit(p *permission) {
+	if c.bind == nil {
+		c.perm = p
+	}
+	stands := p.currentStanding()
+	c.secondary = p.primary != nil
+	c.rule, c.protocol, c.uses = stands.rule, stands.protocol, stands.uses
+}
+
+// ruleName is the name of the rule that allowed the connection; empty: none
+// has yet.
+func (c *connection) ruleName() string {
+	if c.rule == nil {
+		return ""
+	}
+	return c.rule.Name
 }
 
 // about is what the events of a connection have in common, for one filter.
 func (c *connection) about(r *registered, options any) filterapi.About {
 	return filterapi.About{
-		Connection: c.handle(r), Protocol: c.protocol, Rule: c.rule.Name,
+		Connection: c.handle(r), Protocol: c.protocol, Rule: c.ruleName(),
 		Options: options, Secondary: c.secondary, Source: c.session.source(),
 	}
 }
@@ -150,7 +171,7 @@ func (e *Engine) raiseExcept(ctx context.Context, c *connection, except *registe
 		})
 	case t.Proto == flow.TCP:
 		return e.notifyExcept(ctx, c, filterapi.ConnectTCP, except, func(_ *registered, a filterapi.About) filterapi.Event {
-			return &filterapi.ConnectEvent{About: a, Target: t.Dst}
+			return &filterapi.ConnectEvent{About: a, Target: c.target()}
 		})
 	case t.Proto == flow.UDP:
 		return e.notifyExcept(ctx, c, filterapi.UDPDestination, except, func(r *registered, a filterapi.About) filterapi.Event {
@@ -185,6 +206,9 @@ func (e *Engine) takeOver(c *connection) Decision {
 
 // fill takes over what filters have asked for.
 func (t *Takeover) fill(c *connection) {
+	if c.perm != nil {
+		_, t.OneWay, t.Burst = c.perm.carriage()
+	}
 	t.Chain = c.chain()
 	c.mu.Lock()
 	t.Buffer = c.buffer
@@ -201,13 +225,19 @@ func (t *Takeover) fill(c *connection) {
 // upstream says from where the gateway goes on to the server: hidden behind
 // an address of the gateway, or as the client itself.
 func (e *Engine) upstream(c *connection) Dial {
-	d := Dial{Proto: c.tuple.Proto, Target: c.tuple.Dst, Source: c.tuple.Src, Transparent: true}
-	q, err := e.question(c.tuple, c.inIface)
+	to := c.tuple
+	to.Dst = c.target()
+	d := Dial{Proto: to.Proto, Target: to.Dst, Source: to.Src, Transparent: true}
+	if c.perm != nil && c.perm.Source.IsValid() {
+		d.Source, d.Transparent = c.perm.Source, false
+		return d
+	}
+	q, err := e.question(to, c.inIface)
 	if err != nil {
 		return d
 	}
 	v := e.Policy().Judge(q)
-	if v.Translated(c.tuple) {
+	if v.Translated(to) {
 		d.Transparent = false
 		d.Source = netip.AddrPortFrom(v.NetworkRule.Address, 0)
 		if !v.NetworkRule.Address.IsValid() {

@@ -125,7 +125,7 @@ func (c *connection) accept(r *registered, df filterapi.DataFilter, remote netip
 		name:  name, peer: remote,
 		internalTranslation: c.internalTranslation,
 	}
-	made.inherit(p.primary, p)
+	made.inherit(p)
 	made.mu.Lock()
 	made.link(Link{Filter: df, Name: r.name(), Priority: filterapi.PriorityEmulation, owner: r})
 	made.setEmulated(r, true)
@@ -164,6 +164,7 @@ func (e *Engine) useOwn(p *permission) bool {
 		return false
 	}
 	p.flows++
+	p.unsettled++
 	usedUp := !p.Multiple && p.endLocked(permUsed)
 	p.mu.Unlock()
 	if usedUp {
@@ -172,17 +173,6 @@ func (e *Engine) useOwn(p *permission) bool {
 		e.tasks.run(func() { _ = e.enforce(p) }) // it logs
 	}
 	return true
-}
-
-// unuse notes the end of such a flow.
-func (e *Engine) unuse(p *permission) {
-	p.mu.Lock()
-	p.flows--
-	last := p.flows == 0 && p.state != permWaiting
-	p.mu.Unlock()
-	if last {
-		e.tasks.run(func() { _ = e.enforce(p) }) // it logs
-	}
 }
 
 // client is where the flows of a bind are sent to.

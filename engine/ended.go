@@ -25,18 +25,19 @@ func (e *Engine) over(c *connection, end flow.End) {
 	}
 	e.record(end, about{rule: c.rule, protocol: c.protocol, session: c.session, secondary: c.secondary})
 	if c.perm != nil {
-		e.settle(c.perm)
+		e.settle(c)
 	}
 	leave := func() {
 		if c.held {
 			e.release(c.session)
 		}
 	}
-	if len(c.heard()) == 0 {
+	if !c.hasListeners() {
 		leave()
 		return
 	}
 	e.tasks.run(func() {
+		c.farewells()
 		e.terminating(c)
 		leave()
 	})

@@ -51,7 +51,7 @@ func belongs(c filterapi.Connection, r *registered) error {
 func (h *connHandle) Session() filterapi.Session { return h.c.session.handle(h.r) }
 
 // Tuple implements filterapi.Connection.
-func (h *connHandle) Tuple() flow.Tuple { return h.c.tuple }
+func (h *connHandle) Tuple() flow.Tuple { return h.c.shown() }
 
 // Flags implements filterapi.Connection.
 func (h *connHandle) Flags() filterapi.ConnectionFlags { return h.c.Flags() }

@@ -110,7 +110,7 @@ func (c *socket) judged() (flow.Tuple, bool) { return c.tuple, c.perm == nil }
 
 func (c *socket) settle() {
 	if c.perm != nil {
-		c.once.Do(func() { c.s.e.unuse(c.perm) })
+		c.once.Do(func() { c.s.e.unuse(c.perm, false) })
 	}
 }
 

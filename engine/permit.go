@@ -2,12 +2,15 @@ package engine
 
 import (
 	"context"
+	"errors"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
 )
 
 const (
@@ -19,29 +22,58 @@ const (
 	enforceAgain = time.Second
 )
 
-// grant takes a permission in and lets the kernel know of it. When it
-// returns, the permission is in force. A reserved bind is kept from the
-// kernel until it is armed. After an error the caller voids it.
-func (e *Engine) grant(p *permission) error {
-	if err := e.perms.add(p, e.quota); err != nil {
+// grant takes the permissions of one call in and lets the kernel know of them.
+// When it returns, they are in force. A bind that is not armed is kept from the
+// kernel. After an error the caller abandons them all.
+func (e *Engine) grant(perms ...*permission) error {
+	if err := e.perms.add(e.quota, perms...); err != nil {
 		return err
 	}
-	e.bringToUser(p)
-	if err := e.enforce(p); err != nil {
+	for _, p := range perms {
+		e.bringToUser(p)
+	}
+	errs := make([]error, len(perms))
+	var changes sync.WaitGroup // the kernel gets them together
+	for i, p := range perms {
+		changes.Go(func() { errs[i] = e.enforce(p) })
+	}
+	changes.Wait()
+	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	// The rules may have changed since the call began. Whoever changed them
-	// found the permission in the list, or it is found here.
-	if !e.stillAllowed(p.primary) {
-		return filterapi.ErrPolicyDenied
+	for _, p := range perms {
+		// The rules may have changed since the call began. Whoever changed
+		// them found the permission in the list, or it is found here.
+		if !e.stands(p) {
+			return filterapi.ErrPolicyDenied
+		}
+		e.expireAfter(p, p.Timeout)
 	}
-	e.expireAfter(p, p.Timeout)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.state == permVoid {
-		return filterapi.ErrTerminating
+	for _, p := range perms {
+		p.mu.Lock()
+		state := p.state
+		p.mu.Unlock()
+		if state == permVoid {
+			return filterapi.ErrTerminating
+		}
 	}
 	return nil
+}
+
+// stands says whether the rules in force still let a permission be. A bind
+// that discards waits for somebody to allow it.
+func (e *Engine) stands(p *permission) bool {
+	p.mu.Lock()
+	b, discarding := p.basis, p.discarding
+	p.mu.Unlock()
+	return discarding || e.allowed(b)
+}
+
+// abandon voids what a call that failed has made.
+func (e *Engine) abandon(perms ...*permission) {
+	for _, p := range perms {
+		_ = e.void(p) // it logs
+	}
 }
 
 // rearm replaces the sources of a bind, and starts its clock anew. On error
@@ -100,6 +132,7 @@ func (e *Engine) use(p *permission, t flow.Tuple, late bool) bool {
 		return false
 	}
 	p.flows++
+	p.unsettled++
 	usedUp := !p.Multiple && p.endLocked(permUsed)
 	p.mu.Unlock()
 	if usedUp {
@@ -121,8 +154,11 @@ func (e *Engine) KernelUsed(first flow.Packet) {
 	}
 	c := &connection{e: e, session: p.session, tuple: first.Tuple, inIface: first.InIface, start: e.now(), path: flow.Kernel}
 	c.held = p.session.ref() // else the session has just ended, and the flow lives on
-	c.inherit(p.primary, p)
+	c.inherit(p)
 	e.begin(c)
+	if p.notify != nil && p.wasEarly(c.tuple, e.now()) {
+		e.established(c)
+	}
 }
 
 // void ends a permission that waits, and returns when the kernel has
@@ -151,13 +187,24 @@ func (e *Engine) end(p *permission) bool {
 	return true
 }
 
-// settle notes the end of a flow that the permission let in.
-func (e *Engine) settle(p *permission) {
+// settle notes the end of a flow that a permission let in.
+func (e *Engine) settle(c *connection) {
+	c.mu.Lock()
+	stood := c.stands // it has ended: that stays
+	c.mu.Unlock()
+	e.unuse(c.perm, stood)
+}
+
+// unuse gives one use of a permission back. stood: it was established.
+func (e *Engine) unuse(p *permission, stood bool) {
 	p.mu.Lock()
 	p.flows--
+	if !stood {
+		p.unsettled--
+	}
 	last := p.flows == 0 && p.state != permWaiting
 	p.mu.Unlock()
-	if last {
+	if last || !stood && p.notify != nil {
 		e.tasks.run(func() { _ = e.enforce(p) }) // it logs
 	}
 }
@@ -171,44 +218,70 @@ func (e *Engine) enforce(p *permission) error {
 	defer p.change.Unlock()
 	p.mu.Lock()
 	want, form := p.wanted()
-	over := p.over()
+	over, listens := p.over(), p.listens(want)
 	p.mu.Unlock()
-	var err error
-	switch {
-	case want == holdsNothing && p.inKernel != holdsNothing:
-		err = e.kernel.Remove(context.Background(), form)
-	case want == holdsOpening, want == holdsTranslation && p.inKernel != holdsTranslation:
-		err = e.kernel.Install(context.Background(), form)
-	}
+	err := e.bring(p, want, form, listens)
 	if err != nil {
-		p.inKernel = holdsUnknown
 		if want != holdsOpening {
 			e.log.Error("closing a permission failed; it is tried again", zap.Uint64("permission", p.ID), zap.Error(err))
 			e.later(enforceAgain, func() { _ = e.enforce(p) }) // it logs
 		}
 		return err
 	}
-	p.inKernel = want
 	if over && !p.freed {
 		p.freed = true
 		e.perms.drop(p)
-		if p.leased {
-			e.ports.Return(p.Proto, p.External)
+		if p.lease.IsValid() {
+			e.ports.Return(p.Proto, p.lease)
 		}
 	}
 	return nil
 }
 
+// bring makes the kernel hold what is wanted. Its reports of established flows
+// are there before the first flow may be. p.change is held.
+func (e *Engine) bring(p *permission, want inKernel, form nat.Permission, listens bool) (err error) {
+	if listens {
+		if err := e.watch(p, true); err != nil {
+			return err
+		}
+	}
+	switch {
+	case want == holdsNothing && p.inKernel != holdsNothing:
+		err = e.kernel.Remove(context.Background(), form)
+	case want == holdsOpening, want == holdsTranslation && p.inKernel != holdsTranslation:
+		err = e.kernel.Install(context.Background(), form)
+	}
+	switch {
+	case err != nil:
+		p.inKernel = holdsUnknown
+		return err
+	case want != holdsWhatItHas:
+		p.inKernel = want
+	}
+	if listens {
+		return nil
+	}
+	return e.watch(p, false)
+}
+
 // closeObject tells the filters that a bind's address is open no more.
 func (e *Engine) closeObject(p *permission) {
-	if p.object == nil || !p.object.finish() || len(p.object.heard()) == 0 {
+	if p.object != nil {
+		e.farewell(p.object)
+	}
+}
+
+// farewell ends a connection that is no flow.
+func (e *Engine) farewell(c *connection) {
+	if !c.finish() || len(c.heard()) == 0 {
 		return
 	}
-	held := p.session.ref()
+	held := c.session.ref()
 	e.tasks.run(func() {
-		e.terminating(p.object)
+		e.terminating(c)
 		if held {
-			e.release(p.session)
+			e.release(c.session)
 		}
 	})
 }

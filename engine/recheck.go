@@ -3,42 +3,23 @@ package engine
 import (
 	"context"
 	"errors"
-	"net/netip"
 	"slices"
-	"sort"
 	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/sluicegw/sluice/flow"
-	"github.com/sluicegw/sluice/nat"
-	"github.com/sluicegw/sluice/policy"
 )
 
-// stillAllowed judges a flow, or the primary connection that it came from, by
-// the policy in force.
-func (e *Engine) stillAllowed(c *connection) bool {
-	root := c.root()
-	return e.allowedNow(root.tuple, root.inIface)
-}
-
-// allowedNow judges a tuple by the policy in force; what cannot be judged is
-// not allowed.
-func (e *Engine) allowedNow(t flow.Tuple, inIface string) bool {
-	q, err := e.question(t, inIface)
-	if err != nil {
-		return false
-	}
-	class := e.Policy().Judge(q).Class
-	return class != policy.ClassDrop && class != policy.ClassReject
-}
+// stillAllowed judges a flow, or what it stands on, by the policy in force.
+func (e *Engine) stillAllowed(c *connection) bool { return e.allowed(c.basis()) }
 
 // Recheck ends what the policy in force no longer allows: flows in user
 // space, the kernel's flows (also those as just dumped from conntrack that
 // user space never saw), and permissions.
 func (e *Engine) Recheck(ctx context.Context, kernel []flow.Tuple) error {
 	for _, p := range e.perms.all() {
-		if !e.stillAllowed(p.primary) {
+		if !e.stands(p) {
 			_ = e.void(p) // used up or gone: its flows are looked at below
 		}
 	}
@@ -59,7 +40,7 @@ func (e *Engine) Recheck(ctx context.Context, kernel []flow.Tuple) error {
 	}
 	var cut []flow.Tuple
 	for _, t := range kernel {
-		if e.flows.find(t) == nil && !e.allowedNow(t, "") {
+		if e.flows.find(t) == nil && !e.allowed(basis{tuple: t}) {
 			cut = append(cut, t)
 		}
 	}
@@ -108,8 +89,9 @@ type FlowInfo struct {
 	Translation flow.Translation
 	Rule        string
 	Protocol    string
-	Session     uint64 // 0: user space never saw it
+	Session     uint64 // the owner; 0: user space never saw it
 	Secondary   bool
+	Permission  uint64 // that let it in; 0: none
 	Start       time.Time
 }
 
@@ -133,11 +115,10 @@ func (c *connection) info() FlowInfo {
 	if c.rule != nil {
 		i.Rule = c.rule.Name
 	}
-	if c.takeover != nil && c.takeover.InitiatorExternal {
-		i.Translation.Dst = c.takeover.Dial.Target
-	} else if c.name.IsValid() && c.name.Addr() != c.tuple.Src.Addr() {
-		i.Translation.Src = c.name
+	if c.perm != nil {
+		i.Permission = c.perm.ID
 	}
+	i.Translation = c.translation()
 	return i
 }
 
@@ -157,44 +138,4 @@ func (e *Engine) Describe(t flow.Tuple, start time.Time) FlowInfo {
 	}
 	i.Protocol = protocolName(v)
 	return i
-}
-
-// PermissionInfo is a permission that waits or whose flows live, for people.
-type PermissionInfo struct {
-	nat.Permission
-	Session uint64
-	Owner   netip.Addr
-	Rule    string
-	// State is reserved, armed or used.
-	State string
-	Flows int
-	// Expires is zero if it does not.
-	Expires time.Time
-}
-
-// Permissions lists them by age.
-func (e *Engine) Permissions() []PermissionInfo {
-	all := e.perms.all()
-	out := make([]PermissionInfo, 0, len(all))
-	for _, p := range all {
-		p.mu.Lock()
-		if p.state != permWaiting && p.flows == 0 {
-			p.mu.Unlock()
-			continue
-		}
-		i := PermissionInfo{
-			Permission: p.Permission, Session: p.session.id, Owner: p.session.addr,
-			Rule: p.primary.rule.Name, State: "used", Flows: p.flows, Expires: p.expiry,
-		}
-		if p.state == permWaiting {
-			i.State = "armed"
-			if p.inbound() && !p.AnySource && len(p.Sources) == 0 {
-				i.State = "reserved"
-			}
-		}
-		p.mu.Unlock()
-		out = append(out, i)
-	}
-	sort.Slice(out, func(i, j int) bool { return out[i].ID < out[j].ID })
-	return out
 }

@@ -7,7 +7,6 @@ import (
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
-	"github.com/sluicegw/sluice/policy"
 )
 
 // ClientSession implements filterapi.Firewall.
@@ -125,21 +124,6 @@ func (s *session) HostAccessCheck(a filterapi.HostAccess) error {
 
 // ruling asks the rules about a flow, by its ports or as part of a protocol.
 func (e *Engine) ruling(t flow.Tuple, protocol string) error {
-	q, err := e.question(t, "")
-	if err != nil {
-		return fmt.Errorf("%w: %w", filterapi.ErrNetworkDenied, err)
-	}
-	v := e.Policy().Judge(q)
-	if protocol != "" {
-		v = e.Policy().JudgeProtocol(q, protocol)
-	}
-	switch {
-	case v.Reason == policy.ReasonProtocol:
-		return fmt.Errorf("protocol %q: %w", protocol, filterapi.ErrInvalidArgument)
-	case v.Reason == policy.ReasonNetwork:
-		return filterapi.ErrNetworkDenied
-	case v.Class == policy.ClassDrop, v.Class == policy.ClassReject:
-		return filterapi.ErrPolicyDenied
-	}
-	return nil
+	_, err := e.judge(basis{tuple: t, protocol: protocol})
+	return err
 }

@@ -187,7 +187,7 @@ func TestSocketsAskTheRulesOfTheirSession(t *testing.T) {
 func grant(t *testing.T, s filterapi.Session, primary filterapi.Connection, to netip.AddrPort) {
 	t.Helper()
 	h, c := s.(*sessionHandle), primary.(*connHandle).c
-	p := h.s.newPermission(c, filterapi.Negotiated{Primary: primary, Proto: flow.TCP})
+	p := h.s.newPermission(terms{primary: c, basis: c.basis(), standing: standing{c.rule, c.protocol, c.uses}}, filterapi.Negotiated{Primary: primary, Proto: flow.TCP})
 	p.Target, p.Client, p.Direction = to, netip.AddrPortFrom(h.s.addr, 0), 1
 	if err := h.s.e.grant(p); err != nil {
 		t.Fatal(err)

@@ -42,7 +42,7 @@ func (t *Takeover) Connected(name, peer netip.AddrPort) {
 }
 
 // Established tells the engine that the connection stands from end to end.
-func (t *Takeover) Established() {}
+func (t *Takeover) Established() { t.flow.e.established(t.flow) }
 
 // Killed is closed when the engine wants the flow to end at once: userpath
 // then resets both ends and calls Ended.
@@ -62,11 +62,23 @@ func (t *Takeover) Ended(counts flow.Counts, r flow.Result, reason string) {
 		// says what did.
 		end.Counts = flow.Counts{OutBytes: c.sent}
 	}
-	if t.InitiatorExternal {
-		end.Translation.Dst = t.Dial.Target
-	} else if !c.emulated && c.name.IsValid() && c.name.Addr() != c.tuple.Src.Addr() {
-		end.Translation.Src = c.name
-	}
+	end.Translation = c.translation()
 	c.mu.Unlock()
 	c.e.over(c, end)
+}
+
+// translation is what became of the addresses of a flow in user space. c.mu is
+// held.
+func (c *connection) translation() flow.Translation {
+	var t flow.Translation
+	if c.takeover == nil {
+		return t
+	}
+	if to := c.takeover.Dial.Target; to.IsValid() && to != c.tuple.Dst {
+		t.Dst = to
+	}
+	if !c.takeover.InitiatorExternal && !c.emulated && c.name.IsValid() && c.name.Addr() != c.tuple.Src.Addr() {
+		t.Src = c.name
+	}
+	return t
 }

@@ -57,7 +57,9 @@ type Connection interface {
 	IPFilter() *IPFilter
 	// SetClientAddress says where the flows of a bind are sent to that was
 	// made without a client's address, and opens it. ErrInvalidArgument for a
-	// bad address, when it was set before, and on anything but such a bind.
+	// bad address, when it was set before, and on anything but such a bind;
+	// ErrPolicyDenied for an address that the flags of the bind do not allow;
+	// ErrTerminating when the bind is over.
 	SetClientAddress(netip.AddrPort) error
 
 	// EmulateForConnect lets a data filter play the server of an outbound

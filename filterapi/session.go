@@ -105,9 +105,10 @@ type Session interface {
 	// each of which leads to one target: target i is reached at the returned
 	// address with its port + i, and by action i it is cancelled.
 	// The filters that watch connects to the targets are told at the call, as
-	// a secondary connection; if one denies, the call fails with
-	// ErrPolicyDenied; if one attaches a data filter, the connections go
-	// through user space and each raises the event again.
+	// a secondary connection, which is over when the call returns; if one
+	// denies, the call fails with ErrPolicyDenied; if one attaches a data
+	// filter, the connections go through user space and each raises the event
+	// again.
 	// Flags: AllowMultiple, Timeout, NoKernelMode, IncreaseReceiveBuffer.
 	// Errors: ErrInvalidArgument, ErrPolicyDenied, ErrNetworkDenied,
 	// ErrNoPorts (then nothing is installed), ErrQuota, ErrTerminating.
@@ -139,7 +140,7 @@ type Session interface {
 	// goes on as it was.
 	// Flags: Bidirectional, IncreaseReceiveBuffer.
 	// Errors: ErrInvalidArgument, ErrNotFound, ErrTerminating (the bind is
-	// closing), ErrPolicyDenied.
+	// closing), ErrPolicyDenied, ErrNetworkDenied.
 	RetroactiveAllowBind(AllowBind) (already bool, err error)
 
 	// SetDataFilterFactory attaches data filters to connections to come,
@@ -160,8 +161,10 @@ type Session interface {
 // connection.
 type Negotiated struct {
 	// Primary is the connection that negotiated it: the new flow runs under its
-	// rule. When it ends the permission stays: cancel it. Nil is allowed where
-	// Protocol is set.
+	// rule, or with another Protocol under the one that allows that. When it
+	// ends the permission stays: cancel it. Nil is allowed where Protocol is
+	// set; then the rules are asked about the client and the target, or, for a
+	// bind, whether they allow the client that protocol at all.
 	Primary Connection
 	// Protocol is the protocol definition that the flow is part of, by which
 	// the access rules are asked; empty: that of Primary.
@@ -207,7 +210,9 @@ type Bind struct {
 	// unspecified address, or the zero value, waits for SetClientAddress.
 	Clients []netip.AddrPort
 	// External is the gateway's address to open, with the lowest port; port 0:
-	// any, the zero value: the address that Primary's client is hidden behind.
+	// any, the zero value: the address that Primary's client is hidden behind,
+	// or without Primary the one that the network rule names or that leads to
+	// the first source of IPFilter.
 	// The ExternalName of Primary itself may be given: what then comes to it
 	// from elsewhere, within the IPFilter, is sent to the client. Any number of
 	// binds to that client may have it.

@@ -107,10 +107,11 @@ func flowsCommand() *cobra.Command {
 		Long: `List the living flows. PATH says who carries them: the kernel alone, or user
 space, which is this gateway's process. A flow in the kernel is listed as long
 as conntrack knows it: two minutes after the end of a TCP connection, thirty
-seconds after an answer to a ping. TRANSLATED is what NAT made of the source,
-or of the destination where the flow came in through a permission. OUT and IN
-are bytes with headers, from and to the initiator; those of a flow in user
-space are in the log at its end.`,
+seconds after an answer to a ping. TRANSLATED is what NAT made of the source
+and, behind ">", of the destination where the flow came in through a
+permission; PERMISSION is the number of that. OUT and IN are bytes with
+headers, from and to the initiator; those of a flow in user space are in the
+log at its end.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			flows, err := control.Dial(s.socket).Flows(cmd.Context())
@@ -118,10 +119,10 @@ space are in the log at its end.`,
 				return asked(err)
 			}
 			slices.SortFunc(flows, func(a, b control.Flow) int { return a.Start.Compare(b.Start) })
-			return s.print(flows, "PATH\tPROTO\tSOURCE\tDESTINATION\tTRANSLATED\tRULE\tAGE\tOUT\tIN", func(w io.Writer) {
+			return s.print(flows, "PATH\tPROTO\tSOURCE\tDESTINATION\tTRANSLATED\tRULE\tPERMISSION\tAGE\tOUT\tIN", func(w io.Writer) {
 				for _, f := range flows {
-					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", pathOf(f), f.Proto, source(f), destination(f),
-						dash(f.NATSrc+f.NATDst), dash(f.Rule), age(f.Start), countsOf(f))
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", pathOf(f), f.Proto, source(f), destination(f),
+						translated(f), dash(f.Rule), number(f.Permission), age(f.Start), countsOf(f))
 				}
 			})
 		},
@@ -136,16 +137,24 @@ func permissionsCommand() *cobra.Command {
 		Use:   "permissions",
 		Short: "list what the filters have opened: waiting permissions and those in use",
 		Long: `List what the filters have opened. An outbound permission lets CLIENT connect
-to TARGET; an inbound one lets SOURCES connect to the gateway's EXTERNAL
-address and port, and leads them to CLIENT. One that is used stays in the list
-until its flows have ended, and opens nothing any more if it was for one use.`,
+to TARGET, and a redirect does so for a CLIENT that goes to the gateway's VIA
+address instead; FROM is the gateway's address that they leave from, if the
+filter asked for one. An inbound one lets SOURCES connect to the gateway's
+EXTERNAL address and port, and leads them to CLIENT.
+
+STATE is armed when flows may come. Before that a bind may be reserved (no
+source may use it yet), waiting (for the client's address) or discarding (until
+a filter allows it). One that is used stays in the list until its FLOWS have
+ended, and opens nothing any more if it was for one use. NOTES: address, it
+belongs to the client's address and not to the session; notify, a filter hears
+of each connection that stands; one-way, answers are dropped.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			perms, err := control.Dial(s.socket).Permissions(cmd.Context())
 			if err != nil {
 				return asked(err)
 			}
-			return s.print(perms, "ID\tSTATE\tDIRECTION\tPROTO\tCLIENT\tTARGET/EXTERNAL\tSOURCES\tUSE\tPATH\tRULE\tEXPIRES", func(w io.Writer) {
+			return s.print(perms, "ID\tSTATE\tDIRECTION\tPROTO\tCLIENT\tVIA\tTARGET/EXTERNAL\tFROM/SOURCES\tUSE\tPATH\tRULE\tSESSION\tFLOWS\tEXPIRES\tNOTES", func(w io.Writer) {
 				for _, p := range perms {
 					use, expires := "once", "-"
 					if p.Multiple {
@@ -154,8 +163,9 @@ until its flows have ended, and opens nothing any more if it was for one use.`,
 					if p.Expires != nil {
 						expires = time.Until(*p.Expires).Round(time.Second).String()
 					}
-					fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.ID, p.State, p.Direction, p.Proto, p.Client,
-						p.Target+p.External, list(p.Sources), use, p.Path, p.Rule, expires)
+					fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n",
+						p.ID, p.State, p.Direction, p.Proto, dash(p.Client), dash(p.Via), dash(p.Target+p.External),
+						dash(p.Source+strings.Join(p.Sources, ",")), use, p.Path, dash(p.Rule), p.Session, list(p.Living), expires, notes(p))
 				}
 			})
 		},
@@ -217,6 +227,35 @@ func dash(s string) string {
 		return "-"
 	}
 	return s
+}
+
+// notes are what is special about a permission.
+func notes(p control.Permission) string {
+	var n []string
+	for _, x := range []struct {
+		on   bool
+		name string
+	}{{p.AddressBased, "address"}, {p.Notify, "notify"}, {p.OneWay, "one-way"}} {
+		if x.on {
+			n = append(n, x.name)
+		}
+	}
+	return list(n)
+}
+
+func number(n uint64) string {
+	if n == 0 {
+		return "-"
+	}
+	return strconv.FormatUint(n, 10)
+}
+
+// translated is what NAT made of a flow's addresses.
+func translated(f control.Flow) string {
+	if f.NATDst == "" {
+		return dash(f.NATSrc)
+	}
+	return strings.TrimSpace(f.NATSrc + " > " + f.NATDst)
 }
 
 func onOff(b bool) string {

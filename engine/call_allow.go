@@ -1,0 +1,124 @@
+package engine
+
+import (
+	"fmt"
+
+	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/flow"
+)
+
+// RetroactiveAllowBind implements filterapi.Session.
+func (s *session) RetroactiveAllowBind(a filterapi.AllowBind) (already bool, err error) {
+	fail := func(err error) (bool, error) {
+		return false, fmt.Errorf("allow bind at %v: %w", a.Address, err)
+	}
+	switch {
+	case !a.Proto.HasPorts(), !a.Address.IsValid(), a.Address.Port() == 0, a.Address.Addr().Is4() != s.addr.Is4(),
+		a.Flags&^udpFlags != 0, a.Flags != 0 && a.Proto != flow.UDP, !suits(a.IPFilter, s.addr):
+		return fail(filterapi.ErrInvalidArgument)
+	}
+	p, err := s.findBind(a)
+	if err != nil {
+		return fail(err)
+	}
+	b := p.currentBasis()
+	named := a.Protocol != "" && a.Protocol != p.currentStanding().protocol
+	if named {
+		b.protocol = a.Protocol
+	}
+	v, err := s.e.judge(b)
+	if err != nil {
+		return fail(err)
+	}
+	stands := p.currentStanding()
+	if stands.rule == nil || named {
+		stands = standing{v.Rule, protocolName(v), v.Filters}
+	}
+	before, already, err := p.allow(a, b, stands, s.watches(stands.uses, p.primary != nil))
+	if err != nil || already {
+		if err != nil {
+			return fail(err)
+		}
+		return true, nil
+	}
+	if err := s.e.enforce(p); err != nil {
+		p.disallow(before)
+		s.e.tasks.run(func() { _ = s.e.enforce(p) }) // it logs and tries again
+		return fail(err)
+	}
+	s.e.expireAfter(p, p.Timeout)
+	if !p.waits() {
+		return fail(filterapi.ErrTerminating)
+	}
+	return false, nil
+}
+
+// findBind finds a bind of the session, of several the one that can still be
+// allowed.
+func (s *session) findBind(a filterapi.AllowBind) (*permission, error) {
+	err := filterapi.ErrNotFound
+	var found *permission
+	for _, p := range s.e.perms.of(s) {
+		p.mu.Lock()
+		at, discards := p.External, p.state == permWaiting && p.discarding
+		waits, fits := p.state == permWaiting, p.inbound() && p.Proto == a.Proto
+		p.mu.Unlock()
+		if !fits || at != a.Address && (!a.Address.Addr().IsUnspecified() || at.Port() != a.Address.Port()) {
+			continue
+		}
+		if !waits {
+			err = filterapi.ErrTerminating
+			continue
+		}
+		if found == nil || discards {
+			found = p
+		}
+	}
+	if found != nil {
+		return found, nil
+	}
+	return nil, err
+}
+
+// discardingBind is a bind as it was before it was allowed.
+type discardingBind struct {
+	basis    basis
+	standing standing
+	filter   *filterapi.IPFilter
+	oneWay   bool
+	burst    bool
+	forced   bool
+	toUser   bool
+}
+
+// allow opens a bind that discards so far.
+func (p *permission) allow(a filterapi.AllowBind, b basis, stands standing, watched bool) (before discardingBind, already bool, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.state != permWaiting {
+		return before, false, filterapi.ErrTerminating
+	}
+	if !p.discarding {
+		return before, true, nil
+	}
+	before = discardingBind{p.basis, p.standing, p.filter, p.OneWay, p.burst, p.forced, p.ToUser}
+	p.discarding = false
+	p.basis, p.standing = b, stands
+	p.filter = a.IPFilter.Clone()
+	p.setSources(p.filter)
+	p.OneWay = a.Proto == flow.UDP && a.Flags&filterapi.Bidirectional == 0
+	p.burst = a.Flags&filterapi.IncreaseReceiveBuffer != 0
+	p.forced = p.forced || stands.rule.NoKernelMode
+	p.ToUser = p.ToUser || p.forced || watched
+	return before, false, nil
+}
+
+// disallow takes allow back.
+func (p *permission) disallow(b discardingBind) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.discarding = true
+	p.basis, p.standing, p.filter = b.basis, b.standing, b.filter
+	p.OneWay, p.burst, p.forced, p.ToUser = b.oneWay, b.burst, b.forced, b.toUser
+	p.setSources(p.filter)
+}

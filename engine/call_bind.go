@@ -1,0 +1,289 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
+	"github.com/sluicegw/sluice/policy"
+)
+
+const bindFlags = commonFlags | widerFlags | udpFlags | filterapi.EvenPort | filterapi.Discarding
+
+// place is where the binds of one call are opened.
+type place struct {
+	first   netip.AddrPort // the lowest address; invalid: each at its client's own
+	leased  bool
+	waiting bool // for the client's address
+}
+
+// at is the external address of bind i.
+func (x place) at(i int, client netip.AddrPort) netip.AddrPort {
+	if !x.first.IsValid() {
+		return client
+	}
+	return netip.AddrPortFrom(x.first.Addr(), x.first.Port()+uint16(i))
+}
+
+// BindForClient implements filterapi.Session.
+func (s *session) BindForClient(b filterapi.Bind) ([]*connection, error) {
+	fail := func(err error) ([]*connection, error) {
+		return nil, fmt.Errorf("bind for client %v: %w", b.Clients, err)
+	}
+	waiting, err := s.checkClients(b)
+	if err != nil {
+		return fail(err)
+	}
+	t, err := s.checkCall(b.Negotiated, bindFlags, netip.AddrPort{})
+	if err != nil {
+		return fail(err)
+	}
+	// The filters' handlers run in the session.
+	if !s.ref() {
+		return fail(filterapi.ErrTerminating)
+	}
+	defer s.e.release(s)
+	x, err := s.findPlace(b, t)
+	if err != nil {
+		return fail(err)
+	}
+	x.waiting = waiting
+	perms := make([]*permission, len(b.Clients))
+	out := make([]*connection, len(b.Clients))
+	for i, client := range b.Clients {
+		perms[i] = s.newBind(b, t, x, i, client)
+		out[i] = perms[i].object
+	}
+	if err := s.e.openBinds(perms); err != nil {
+		s.e.abandon(perms...)
+		return fail(err)
+	}
+	return out, nil
+}
+
+// checkClients checks the addresses that a bind names. waiting: the client's
+// is not known yet.
+func (s *session) checkClients(b filterapi.Bind) (waiting bool, err error) {
+	if !suits(b.IPFilter, s.addr) {
+		return false, fmt.Errorf("IP filter: %w", filterapi.ErrInvalidArgument)
+	}
+	if len(b.Clients) == 1 {
+		if a := b.Clients[0].Addr(); !a.IsValid() || a.IsUnspecified() && a.Is4() == s.addr.Is4() {
+			return true, nil
+		}
+	}
+	if len(b.Clients) == 0 {
+		return false, filterapi.ErrInvalidArgument
+	}
+	for _, c := range b.Clients {
+		if err := s.checkClient(c, b.Flags); err != nil {
+			return false, err
+		}
+	}
+	return false, nil
+}
+
+func (s *session) checkClient(c netip.AddrPort, flags filterapi.Flags) error {
+	if !s.reachable(c) {
+		return filterapi.ErrInvalidArgument
+	}
+	if !s.e.within(flags, c.Addr(), s.addr) {
+		return fmt.Errorf("%v is not the session's own address: %w", c, filterapi.ErrPolicyDenied)
+	}
+	return nil
+}
+
+// findPlace leases external ports where some are needed.
+func (s *session) findPlace(b filterapi.Bind, t terms) (place, error) {
+	n, even := len(b.Clients), b.Flags&filterapi.EvenPort != 0
+	addr, port := b.External.Addr(), b.External.Port()
+	if b.External == (netip.AddrPort{}) {
+		var hidden bool
+		var err error
+		if addr, hidden, err = s.behind(b, t); err != nil || !hidden {
+			return place{}, err
+		}
+	} else {
+		if port != 0 && s.translated(b.Proto, b.External) {
+			return s.lent(b)
+		}
+		if !s.own(addr) {
+			return place{}, fmt.Errorf("external address %v is not the gateway's: %w", b.External, filterapi.ErrInvalidArgument)
+		}
+	}
+	if port == 0 {
+		first, ok := s.e.ports.LeaseRun(b.Proto, addr, n, even)
+		if !ok {
+			return place{}, filterapi.ErrNoPorts
+		}
+		return place{first: first, leased: true}, nil
+	}
+	if even && port%2 != 0 {
+		return place{}, fmt.Errorf("external port %d is not even: %w", port, filterapi.ErrInvalidArgument)
+	}
+	switch err := s.e.ports.LeaseExact(b.Proto, b.External, n); {
+	case errors.Is(err, nat.ErrLeased):
+		return place{}, fmt.Errorf("%w: %w", filterapi.ErrAlreadyExists, err)
+	case err != nil:
+		return place{}, fmt.Errorf("%w: %w", filterapi.ErrNoPorts, err)
+	}
+	return place{first: b.External, leased: true}, nil
+}
+
+// translated says whether an address is what a living flow of the client is
+// translated to.
+func (s *session) translated(proto flow.Proto, a netip.AddrPort) bool {
+	for _, c := range s.e.flows.all() {
+		if c.tuple.Proto != proto || c.session.addr != s.addr {
+			continue
+		}
+		if name, err := c.ExternalName(); err == nil && name == a {
+			return true
+		}
+	}
+	return false
+}
+
+// lent is the place of a bind at the end of a living flow, which holds the
+// address: nothing is leased.
+func (s *session) lent(b filterapi.Bind) (place, error) {
+	if len(b.Clients) > 1 {
+		return place{}, fmt.Errorf("several binds at the end of one flow: %w", filterapi.ErrInvalidArgument)
+	}
+	if s.own(b.External.Addr()) {
+		return place{first: b.External}, nil
+	}
+	// On a routed path it is the client's own.
+	if b.Clients[0] != b.External {
+		return place{}, fmt.Errorf("%v is the client's own address and leads nowhere else: %w", b.External, filterapi.ErrInvalidArgument)
+	}
+	return place{}, nil
+}
+
+// behind is the gateway's address that the client of a bind is hidden behind;
+// false: it is not hidden.
+func (s *session) behind(b filterapi.Bind, t terms) (netip.Addr, bool, error) {
+	if t.primary != nil {
+		addr, hidden := s.e.hidden(t.primary)
+		return addr, hidden, nil
+	}
+	v := t.verdict
+	if v.NetworkRule == nil || v.NetworkRule.Relation != policy.NAT || v.Reverse || !s.addr.Is4() {
+		return netip.Addr{}, false, nil
+	}
+	if v.NetworkRule.Address.IsValid() {
+		return v.NetworkRule.Address, true, nil
+	}
+	// The route to those who may come tells the address.
+	if list := b.IPFilter.Prefixes(); len(list) > 0 {
+		if _, source, _, err := s.e.routes.Lookup(list[0].Addr()); err == nil && source.IsValid() {
+			return source, true, nil
+		}
+	}
+	return netip.Addr{}, false, fmt.Errorf("nothing tells the external address: %w", filterapi.ErrInvalidArgument)
+}
+
+// newBind makes bind i of a call, with its object.
+func (s *session) newBind(b filterapi.Bind, t terms, x place, i int, client netip.AddrPort) *permission {
+	p := s.newPermission(t, b.Negotiated)
+	p.Direction = nat.Inbound
+	p.awaiting, p.discarding = x.waiting, b.Flags&filterapi.Discarding != 0
+	p.reach = b.Flags & widerFlags
+	p.OneWay = b.Proto == flow.UDP && b.Flags&filterapi.Bidirectional == 0
+	p.External = x.at(i, client)
+	if p.Client = client; x.waiting {
+		p.Client = netip.AddrPort{}
+		if !x.first.IsValid() {
+			p.External = netip.AddrPort{}
+		}
+	}
+	if x.leased {
+		p.lease = p.External
+	}
+	p.filter = b.IPFilter.Clone()
+	p.setSources(p.filter)
+	p.object = &connection{
+		e: s.e, session: s, tuple: flow.Tuple{Proto: b.Proto, Dst: p.External}, start: s.e.now(), bind: p,
+		name: p.External,
+	}
+	p.object.inherit(p)
+	return p
+}
+
+// openBinds asks the filters that watch binds and then opens them all.
+func (e *Engine) openBinds(perms []*permission) error {
+	ctx, cancel := context.WithTimeout(context.Background(), bindDeadline)
+	defer cancel()
+	for _, p := range perms {
+		kind := filterapi.BindUDP
+		if p.Proto == flow.TCP {
+			kind = filterapi.BindTCP
+		}
+		if err := e.notify(ctx, p.object, kind, func(_ *registered, a filterapi.About) filterapi.Event {
+			return &filterapi.BindEvent{About: a, TCP: p.Proto == flow.TCP, External: p.External}
+		}); err != nil {
+			return fmt.Errorf("%w: %w", filterapi.ErrPolicyDenied, err)
+		}
+	}
+	if err := e.grant(perms...); err != nil {
+		return err
+	}
+	for _, p := range perms {
+		if p.Proto != flow.TCP {
+			continue
+		}
+		// A listen cannot be refused any more; its handlers' errors are in the
+		// log.
+		_ = e.notify(ctx, p.object, filterapi.Listen, func(_ *registered, a filterapi.About) filterapi.Event {
+			return &filterapi.ListenEvent{About: a, External: p.object.opened()}
+		})
+	}
+	return nil
+}
+
+// opened is the external address of a bind.
+func (c *connection) opened() netip.AddrPort {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.name
+}
+
+// shown is the tuple as filters get it. The address of a bind may become known
+// late.
+func (c *connection) shown() flow.Tuple {
+	t := c.tuple
+	if c.bind != nil {
+		t.Dst = c.opened()
+	}
+	return t
+}
+
+// SetClientAddress implements filterapi.Connection.
+func (c *connection) SetClientAddress(a netip.AddrPort) error {
+	fail := func(err error) error { return fmt.Errorf("set client address %v: %w", a, err) }
+	p := c.bind
+	if p == nil {
+		return fail(filterapi.ErrInvalidArgument)
+	}
+	if err := c.session.checkClient(a, p.reach); err != nil {
+		return fail(err)
+	}
+	before, err := c.e.perms.address(p, a)
+	if err != nil {
+		return fail(err)
+	}
+	if err := c.e.enforce(p); err != nil {
+		c.e.perms.unaddress(p, before)
+		c.e.tasks.run(func() { _ = c.e.enforce(p) }) // it logs and tries again
+		return fail(err)
+	}
+	c.e.expireAfter(p, p.Timeout)
+	if !p.waits() {
+		return fail(filterapi.ErrTerminating)
+	}
+	return nil
+}

@@ -1,0 +1,118 @@
+package engine
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+
+	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
+)
+
+const redirectFlags = commonFlags | filterapi.IncreaseReceiveBuffer
+
+// RedirectConnections implements filterapi.Session.
+func (s *session) RedirectConnections(r filterapi.Redirect) (netip.AddrPort, []filterapi.Action, error) {
+	fail := func(err error) (netip.AddrPort, []filterapi.Action, error) {
+		return netip.AddrPort{}, nil, fmt.Errorf("redirect connections to %v: %w", r.Targets, err)
+	}
+	perms, err := s.redirections(r)
+	if err != nil {
+		return fail(err)
+	}
+	// The filters' handlers run in the session.
+	if !s.ref() {
+		return fail(filterapi.ErrTerminating)
+	}
+	defer s.e.release(s)
+	inside, err := s.leaseInside(r.Proto, perms)
+	if err != nil {
+		return fail(err)
+	}
+	for _, p := range perms {
+		if err := s.e.preview(p); err != nil {
+			s.e.abandon(perms...)
+			return fail(err)
+		}
+	}
+	if err := s.e.grant(perms...); err != nil {
+		s.e.abandon(perms...)
+		return fail(err)
+	}
+	actions := make([]filterapi.Action, len(perms))
+	for i, p := range perms {
+		actions[i] = action{s.e, p}
+	}
+	return inside, actions, nil
+}
+
+// redirections checks the call and makes a permission for each target.
+func (s *session) redirections(r filterapi.Redirect) ([]*permission, error) {
+	if len(r.Targets) == 0 {
+		return nil, filterapi.ErrInvalidArgument
+	}
+	perms := make([]*permission, len(r.Targets))
+	for i, target := range r.Targets {
+		if !s.reachable(target) {
+			return nil, filterapi.ErrInvalidArgument
+		}
+		t, err := s.checkCall(r.Negotiated, redirectFlags, target)
+		if err != nil {
+			return nil, err
+		}
+		if err := s.checkSource(r.External, r.Flags); err != nil {
+			return nil, err
+		}
+		p := s.newPermission(t, r.Negotiated)
+		p.Direction, p.Client, p.Target, p.Source = nat.Outbound, netip.AddrPortFrom(s.addr, 0), target, r.External
+		perms[i] = p
+	}
+	return perms, nil
+}
+
+// leaseInside gives the redirections consecutive ports of the address that
+// the gateway has towards the client.
+func (s *session) leaseInside(proto flow.Proto, perms []*permission) (netip.AddrPort, error) {
+	_, inside, _, err := s.e.routes.Lookup(s.addr)
+	if err != nil || !s.plain(inside) {
+		return netip.AddrPort{}, fmt.Errorf("no address of the gateway towards the client: %w", filterapi.ErrNetworkDenied)
+	}
+	first, ok := s.e.ports.LeaseRun(proto, inside, len(perms), false)
+	if !ok {
+		return netip.AddrPort{}, filterapi.ErrNoPorts
+	}
+	for i, p := range perms {
+		p.Via = netip.AddrPortFrom(inside, first.Port()+uint16(i))
+		p.lease = p.Via
+	}
+	return first, nil
+}
+
+// preview raises the event of the connections to come, with a connection that
+// is over when the call returns. It settles whether the kernel may carry them:
+// if a filter wants to hold this one, each of them comes to user space and
+// raises the event again.
+func (e *Engine) preview(p *permission) error {
+	c := &connection{
+		e: e, session: p.session, start: e.now(),
+		tuple: flow.Tuple{Proto: p.Proto, Src: netip.AddrPortFrom(p.session.addr, 0), Dst: p.Via},
+	}
+	c.inherit(p)
+	ctx, cancel := context.WithTimeout(context.Background(), bindDeadline)
+	defer cancel()
+	err := e.raise(ctx, c)
+	p.forced = p.forced || c.forUser()
+	p.ToUser = p.forced
+	c.mu.Lock()
+	killed := c.killed
+	c.mu.Unlock()
+	e.farewell(c)
+	switch {
+	case err != nil:
+		return fmt.Errorf("%w: %w", filterapi.ErrPolicyDenied, err)
+	case killed:
+		return fmt.Errorf("killed: %w", filterapi.ErrPolicyDenied)
+	}
+	return nil
+}

@@ -1,0 +1,145 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/flow"
+)
+
+// established notes that a connection stands, and tells the session filter
+// that waits for it. false: it was noted before, or the connection is over. It
+// does not block.
+func (e *Engine) established(c *connection) bool {
+	p := c.perm
+	var told chan struct{}
+	c.mu.Lock()
+	if c.stands || c.ended {
+		c.mu.Unlock()
+		return false
+	}
+	c.stands = true
+	if p != nil && p.notify != nil && c.held {
+		told = make(chan struct{})
+		c.announced = told
+		c.toldLocked(p.notify.r, p.notify.a)
+	}
+	c.mu.Unlock()
+	if p == nil {
+		return true
+	}
+	p.mu.Lock()
+	p.unsettled--
+	p.mu.Unlock()
+	if p.notify != nil {
+		e.tasks.run(func() { _ = e.enforce(p) }) // it logs
+	}
+	if told != nil {
+		e.tasks.run(func() {
+			defer close(told)
+			e.tellEstablished(c)
+		})
+	}
+	return true
+}
+
+// tellEstablished calls the session filter that the permission named.
+func (e *Engine) tellEstablished(c *connection) {
+	if !c.session.lives() {
+		return
+	}
+	h := c.perm.notify
+	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
+	defer cancel()
+	_, err := ask(ctx, e.code(h.r, kindNames[filterapi.Established], c), func() (struct{}, error) {
+		return struct{}{}, h.a.filter.HandleEvent(ctx, &filterapi.EstablishedEvent{
+			Connection: c.handle(h.r), Proto: c.tuple.Proto, Context: c.perm.context,
+		})
+	})
+	if err != nil && !errors.Is(err, filterapi.ErrNotSupported) {
+		h.r.failed("established handler", err, c)
+	}
+}
+
+// farewells waits until the last of what was told of a living connection has
+// been heard.
+func (c *connection) farewells() {
+	c.mu.Lock()
+	told := c.announced
+	c.mu.Unlock()
+	if told != nil {
+		<-told
+	}
+}
+
+// KernelEstablished takes conntrack's word that a kernel flow is established:
+// for TCP the handshake is complete, for UDP the first packet was passed. It
+// does not block.
+func (e *Engine) KernelEstablished(t flow.Tuple) {
+	if c := e.flows.find(t); c != nil && c.inKernel() && e.established(c) {
+		return
+	}
+	// The word that a permission let it in may still be on its way.
+	for _, p := range e.perms.find(t) {
+		if p.notify == nil {
+			continue
+		}
+		p.heardEarly(t, e.now())
+		if c := e.flows.find(t); c != nil && c.inKernel() && e.established(c) {
+			p.wasEarly(t, e.now())
+		}
+		return
+	}
+}
+
+// maxEarly bounds the flows of one permission that are established before they
+// are known.
+const maxEarly = 1024
+
+func (p *permission) heardEarly(t flow.Tuple, now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for x, at := range p.early {
+		if at.Add(lateReports).Before(now) {
+			delete(p.early, x)
+		}
+	}
+	if len(p.early) >= maxEarly {
+		return
+	}
+	if p.early == nil {
+		p.early = make(map[flow.Tuple]time.Time)
+	}
+	p.early[t] = now
+}
+
+// wasEarly says whether a flow was established before it was known, and
+// forgets it.
+func (p *permission) wasEarly(t flow.Tuple, now time.Time) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	at, ok := p.early[t]
+	delete(p.early, t)
+	return ok && !at.Add(lateReports).Before(now)
+}
+
+// listens says whether the kernel's word of established flows is needed.
+// p.mu is held.
+func (p *permission) listens(want inKernel) bool {
+	return p.notify != nil && !p.forced && (want == holdsOpening || p.late || p.unsettled > 0)
+}
+
+// watch brings the kernel's reports of established flows after what a
+// permission needs. p.change is held.
+func (e *Engine) watch(p *permission, on bool) error {
+	if p.watched == on {
+		return nil
+	}
+	if err := e.kernel.WatchEstablished(on); err != nil {
+		return err
+	}
+	p.watched = on
+	return nil
+}

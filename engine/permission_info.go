@@ -1,0 +1,77 @@
+package engine
+
+import (
+	"net/netip"
+	"sort"
+	"time"
+
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
+)
+
+// PermissionInfo is a permission that waits or whose flows live, for people.
+type PermissionInfo struct {
+	nat.Permission
+	Session  uint64
+	Owner    netip.Addr
+	Rule     string // empty: none has allowed it yet
+	Protocol string
+	// State is waiting (for the client's address), discarding, reserved,
+	// armed or used.
+	State string
+	// AddressBased: every session of the owner's address may use it.
+	AddressBased bool
+	// Notify: a filter hears of each connection that stands.
+	Notify bool
+	// Living are the flows that it has let in.
+	Living []flow.Tuple
+	// Expires is zero if it does not.
+	Expires time.Time
+}
+
+// Permissions lists them by age.
+func (e *Engine) Permissions() []PermissionInfo {
+	living := map[*permission][]flow.Tuple{}
+	for _, c := range e.flows.all() {
+		if c.perm != nil {
+			living[c.perm] = append(living[c.perm], c.tuple)
+		}
+	}
+	all := e.perms.all()
+	out := make([]PermissionInfo, 0, len(all))
+	for _, p := range all {
+		if i, ok := p.info(); ok {
+			i.Living = living[p]
+			out = append(out, i)
+		}
+	}
+	sort.Slice(out, func(i, j int) bool { return out[i].ID < out[j].ID })
+	return out
+}
+
+// info describes a permission; false: it waits no more and has no flow.
+func (p *permission) info() (PermissionInfo, bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	i := PermissionInfo{
+		Permission: p.Permission, Session: p.session.id, Owner: p.session.addr, Protocol: p.standing.protocol,
+		AddressBased: p.addressBased, Notify: p.notify != nil, Expires: p.expiry, State: "used",
+	}
+	if p.standing.rule != nil {
+		i.Rule = p.standing.rule.Name
+	}
+	if p.state != permWaiting {
+		return i, p.flows > 0
+	}
+	switch {
+	case p.awaiting:
+		i.State = "waiting"
+	case p.discarding:
+		i.State = "discarding"
+	case p.inbound() && !p.AnySource && len(p.Sources) == 0:
+		i.State = "reserved"
+	default:
+		i.State = "armed"
+	}
+	return i, true
+}
