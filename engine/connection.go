@@ -57,7 +57,8 @@ type connection struct {
 	stands    bool          // it is established from end to end
 	announced chan struct{} // closed when a filter has heard of that; nil: none hears
 	hearers   []hearer
-	handles   []*connHandle
+	handles   []held
+	gone      bool // and nothing more is heard of it: handles are the filters'
 }
 
 type hearer struct {
@@ -118,6 +119,9 @@ func (c *connection) finish() bool {
 	defer c.mu.Unlock()
 	first := !c.ended
 	c.ended = true
+	if first && len(c.hearers) == 0 && c.announced == nil {
+		c.letGo()
+	}
 	return first
 }
 

@@ -31,6 +31,9 @@ type Config struct {
 	// Quota of pending permissions per client; 0: DefaultQuota.
 	Quota int
 	Log   *zap.Logger
+	// LeakDelay is how long a filter may hold on to a connection that is over
+	// before the log names it; 0: DefaultLeakDelay.
+	LeakDelay time.Duration
 	// Now is the clock; nil: time.Now.
 	Now func() time.Time
 }
@@ -53,6 +56,7 @@ type Engine struct {
 	flows     living
 	perms     permissions
 	tasks     tasks
+	leaks     leaks
 
 	wide   atomic.Bool // a filter asks for flows of rules that do not name it
 	lastID atomic.Uint64
@@ -64,6 +68,8 @@ type registered struct {
 	events filterapi.Events
 	mode   filterapi.FailMode
 	log    *zap.Logger
+
+	afterEnd atomic.Uint64 // calls on connections that it knows to be over
 }
 
 // name is the filter's name; nil is the gateway itself.
@@ -95,6 +101,9 @@ func New(c Config) (*Engine, error) {
 	e.flows.byTuple = make(map[flow.Tuple]*connection)
 	e.perms.init()
 	e.tasks.init()
+	if e.leaks.delay = c.LeakDelay; e.leaks.delay == 0 {
+		e.leaks.delay = DefaultLeakDelay
+	}
 	e.policies.swap(c.Policy, e.now())
 	for _, f := range c.Filters {
 		e.register(f)

@@ -158,6 +158,9 @@ func (e *Engine) terminating(c *connection) {
 			h.r.failed("terminating handler", err, c)
 		}
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.letGo()
 }
 
 // detach ends a filter's part in a session; sf may be nil.

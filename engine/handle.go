@@ -3,6 +3,9 @@ package engine
 import (
 	"fmt"
 	"net/netip"
+	"slices"
+	"sync/atomic"
+	"weak"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
@@ -14,19 +17,39 @@ import (
 type connHandle struct {
 	c *connection
 	r *registered // nil: the gateway itself
+
+	over atomic.Bool // r knows that the connection is over
+}
+
+// held is a handle as its connection keeps it, so that it stays the same: as
+// long as the connection lives, and afterwards as long as the filter has it.
+type held struct {
+	r      *registered
+	strong *connHandle // nil: the connection is over
+	weak   weak.Pointer[connHandle]
 }
 
 // handle is the connection as a filter gets it.
 func (c *connection) handle(r *registered) *connHandle {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, h := range c.handles {
-		if h.r == r {
-			return h
+	at := slices.IndexFunc(c.handles, func(h held) bool { return h.r == r })
+	if at < 0 {
+		at = len(c.handles)
+		c.handles = append(c.handles, held{r: r})
+	}
+	x := &c.handles[at]
+	if x.strong != nil {
+		return x.strong
+	}
+	h := x.weak.Value()
+	if h == nil {
+		h = &connHandle{c: c, r: r}
+		x.strong = h
+		if c.gone {
+			*x = held{r: r, weak: weak.Make(h)}
 		}
 	}
-	h := &connHandle{c, r}
-	c.handles = append(c.handles, h)
 	return h
 }
 
@@ -58,16 +81,21 @@ func (h *connHandle) Flags() filterapi.ConnectionFlags { return h.c.Flags() }
 
 // AttachDataFilter implements filterapi.Connection.
 func (h *connHandle) AttachDataFilter(df filterapi.DataFilter, p filterapi.Priority) error {
+	h.used("AttachDataFilter")
 	return h.c.attachDataFilter(h.r, df, p)
 }
 
 // AttachDataFilterWithDestination implements filterapi.Connection.
 func (h *connHandle) AttachDataFilterWithDestination(df filterapi.DataFilter, p filterapi.Priority, peer netip.AddrPort) error {
+	h.used("AttachDataFilterWithDestination")
 	return h.c.attachWithDestination(h.r, df, p, peer)
 }
 
 // Deny implements filterapi.Connection.
-func (h *connHandle) Deny() error { return h.c.deny(h.r, deniable) }
+func (h *connHandle) Deny() error {
+	h.used("Deny")
+	return h.c.deny(h.r, deniable)
+}
 
 // ExternalName implements filterapi.Connection.
 func (h *connHandle) ExternalName() (netip.AddrPort, error) { return h.c.ExternalName() }
@@ -76,24 +104,35 @@ func (h *connHandle) ExternalName() (netip.AddrPort, error) { return h.c.Externa
 func (h *connHandle) ExternalPeer() (netip.AddrPort, error) { return h.c.ExternalPeer() }
 
 // SetIPFilter implements filterapi.Connection.
-func (h *connHandle) SetIPFilter(f *filterapi.IPFilter) error { return h.c.SetIPFilter(f) }
+func (h *connHandle) SetIPFilter(f *filterapi.IPFilter) error {
+	h.used("SetIPFilter")
+	return h.c.SetIPFilter(f)
+}
 
 // IPFilter implements filterapi.Connection.
 func (h *connHandle) IPFilter() *filterapi.IPFilter { return h.c.IPFilter() }
 
 // SetClientAddress implements filterapi.Connection.
-func (h *connHandle) SetClientAddress(a netip.AddrPort) error { return h.c.SetClientAddress(a) }
+func (h *connHandle) SetClientAddress(a netip.AddrPort) error {
+	h.used("SetClientAddress")
+	return h.c.SetClientAddress(a)
+}
 
 // EmulateForConnect implements filterapi.Connection.
 func (h *connHandle) EmulateForConnect(df filterapi.DataFilter) error {
+	h.used("EmulateForConnect")
 	return h.c.emulateForConnect(h.r, df)
 }
 
 // EmulateForBind implements filterapi.Connection.
-func (h *connHandle) EmulateForBind() error { return h.c.emulateForBind(h.r) }
+func (h *connHandle) EmulateForBind() error {
+	h.used("EmulateForBind")
+	return h.c.emulateForBind(h.r)
+}
 
 // EmulateConnection implements filterapi.Connection.
 func (h *connHandle) EmulateConnection(df filterapi.DataFilter, remote, local netip.AddrPort) (filterapi.Connection, error) {
+	h.used("EmulateConnection")
 	c, err := h.c.emulateConnection(h.r, df, remote, local)
 	if err != nil {
 		return nil, err
@@ -102,13 +141,22 @@ func (h *connHandle) EmulateConnection(df filterapi.DataFilter, remote, local ne
 }
 
 // IncrementBytesSent implements filterapi.Connection.
-func (h *connHandle) IncrementBytesSent(n uint64) error { return h.c.IncrementBytesSent(n) }
+func (h *connHandle) IncrementBytesSent(n uint64) error {
+	h.used("IncrementBytesSent")
+	return h.c.IncrementBytesSent(n)
+}
 
 // SetSocketName implements filterapi.Connection.
-func (h *connHandle) SetSocketName(a netip.AddrPort) error { return h.c.SetSocketName(a) }
+func (h *connHandle) SetSocketName(a netip.AddrPort) error {
+	h.used("SetSocketName")
+	return h.c.SetSocketName(a)
+}
 
 // SetBufferSize implements filterapi.Connection.
-func (h *connHandle) SetBufferSize(bytes int) error { return h.c.setBufferSize(h.r, bytes) }
+func (h *connHandle) SetBufferSize(bytes int) error {
+	h.used("SetBufferSize")
+	return h.c.setBufferSize(h.r, bytes)
+}
 
 // Kill implements filterapi.Connection.
 func (h *connHandle) Kill() { h.c.Kill() }
