@@ -10,6 +10,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluicegw/sluice/engine"
 )
 
 // BenchmarkUDPForward floods a server for a while by each way through the
@@ -136,6 +138,42 @@ func BenchmarkUDPRoundTrip(b *testing.B) {
 			}
 			b.ReportMetric(float64(time.Since(begun).Microseconds())/rounds, way+"-us/round")
 			s.Close()
+		}
+	})
+}
+
+// BenchmarkUDPChain floods a server through each length of chain of
+// pass-through filters, in turns that change their order.
+func BenchmarkUDPChain(b *testing.B) {
+	udpInLab(b, func(l *udpLab) {
+		l.start(UDPConfig{})
+		const rounds = 5
+		port := 4000
+		var rates, ratios [8][]float64
+		for round := range rounds {
+			var rate [8]float64
+			for i := range benchChains {
+				n := benchChains[(i+round)%len(benchChains)]
+				port++
+				client, server := fmt.Sprintf("10.0.0.2:%d", port), fmt.Sprintf("203.0.113.10:%d", port)
+				var chain []engine.Link
+				for range n {
+					chain = append(chain, udpLinkOf(&udpPlain{}))
+				}
+				f := l.take(client, server, "203.0.113.1:0", chain...)
+				got := udpFlood(l, l.client.dial(client, server), l.server.listen(server), 1400, benchTurn)
+				close(f.kill)
+				f.end()
+				rate[n] = float64(got) / benchTurn.Seconds()
+				rates[n] = append(rates[n], rate[n])
+			}
+			for _, n := range benchChains {
+				ratios[n] = append(ratios[n], rate[n]/rate[0])
+			}
+		}
+		for _, n := range benchChains {
+			b.ReportMetric(middle(rates[n]), fmt.Sprintf("pkt/s-%d", n))
+			b.ReportMetric(middle(ratios[n]), fmt.Sprintf("ratio-%d", n))
 		}
 	})
 }
