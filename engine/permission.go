@@ -137,20 +137,26 @@ func (p *permission) admits(src netip.Addr, late bool) bool {
 // is held.
 func (p *permission) wanted() (inKernel, nat.Permission) {
 	out := p.Permission
+	out.OneWay = p.OneWay && !p.ToUser // else user space sees to it
 	if p.emulated || p.forSocketsAlone() {
 		return holdsNothing, out
 	}
 	if p.state == permWaiting && !p.shut() && (!p.inbound() || p.AnySource || len(p.Sources) > 0) {
 		return holdsOpening, out
 	}
-	switch translated := p.Via.IsValid() || p.Source.IsValid() || p.inbound() && p.External != p.Client; {
-	case !translated || p.flows == 0:
+	if p.flows == 0 {
 		return holdsNothing, out
-	case p.inbound():
+	}
+	// Nobody new comes in. What a flow on its way may need stays.
+	out.Timeout = 0
+	switch {
+	case p.inbound() && p.External != p.Client:
 		out.Sources, out.AnySource = nil, false
 		return holdsTranslation, out
-	case p.state == permUsed:
-		// The kernel has used it up, or user space refuses who comes now.
+	case p.Via.IsValid():
+		out.Client = netip.AddrPort{} // and others are still told no
+		return holdsTranslation, out
+	case p.Source.IsValid() && p.state == permUsed:
 		return holdsWhatItHas, out
 	}
 	return holdsNothing, out
