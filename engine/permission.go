@@ -246,11 +246,11 @@ func (s *permissions) add(quota int, perms ...*permission) error {
 // taken says whether another bind has the external address, of another session
 // or for another client. mu is held.
 func (s *permissions) taken(p *permission, client, external netip.AddrPort) bool {
-	if !p.inbound() || !external.IsValid() {
+	if !p.inbound() || !external.IsValid() || p.isEmulated() {
 		return false
 	}
 	return slices.ContainsFunc(s.byKey[permKey{proto: p.Proto, dst: external}], func(old *permission) bool {
-		return old != p && (old.session != p.session || old.Client != client) && old.waits() && old.session.lives()
+		return old != p && (old.session != p.session || old.Client != client) && old.waits() && !old.isEmulated() && old.session.lives()
 	})
 }
 
@@ -324,8 +324,18 @@ func (s *permissions) move(p *permission, client, external netip.AddrPort, await
 		s.list(p)
 	}
 	p.object.mu.Lock()
-	p.object.name = external
+	if !p.object.named {
+		p.object.name = external
+	}
 	p.object.mu.Unlock()
+}
+
+// isEmulated says whether a filter plays the gateway's end, so that nothing is
+// opened.
+func (p *permission) isEmulated() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.emulated
 }
 
 func (p *permission) waits() bool {
