@@ -20,7 +20,7 @@ type existing struct {
 	flowtables map[string]existingFlowtable
 }
 
-type existingSet struct{ flags, keyType, keyLen, dataType, dataLen uint32 }
+type existingSet struct{ flags, keyType, keyLen, dataType, dataLen, size uint32 }
 
 // Load replaces the rules by those of r in one transaction, and makes what is
 // not there yet. Base chains, counters and the permission sets with their
@@ -158,8 +158,8 @@ func (old *existing) incompatible(r Ruleset) string {
 		if s.isVerdictMap() {
 			dataLen = e.dataLen // the size of the kernel's own structure
 		}
-		if e != (existingSet{s.flags(), typeSum(s.key), keyLength(s.key), dataType, dataLen}) {
-			return s.label() + " holds something else"
+		if e != (existingSet{s.flags(), typeSum(s.key), keyLength(s.key), dataType, dataLen, s.size}) {
+			return s.label() + " holds something else, or has another size"
 		}
 	}
 	return ""
@@ -244,6 +244,7 @@ func (old *existing) takeSet(a map[uint16][]byte) {
 	e := existingSet{
 		number(a[unix.NFTA_SET_FLAGS]), number(a[unix.NFTA_SET_KEY_TYPE]), number(a[unix.NFTA_SET_KEY_LEN]),
 		number(a[unix.NFTA_SET_DATA_TYPE]), number(a[unix.NFTA_SET_DATA_LEN]),
+		number(attributes(a[unix.NFTA_SET_DESC])[unix.NFTA_SET_DESC_SIZE]),
 	}
 	if e.flags&unix.NFT_SET_ANONYMOUS == 0 {
 		old.sets[cString(a[unix.NFTA_SET_NAME])] = e

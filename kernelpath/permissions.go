@@ -55,6 +55,9 @@ type slotKey struct{ set, key string }
 
 func (s slot) at() slotKey { return slotKey{s.set, string(s.elem.key) + string(s.elem.end)} }
 
+// isRange says whether it is in a map of ranges.
+func (s slot) isRange() bool { return len(s.elem.end) > 0 }
+
 // in is the set as far as elements need it.
 func (s slot) in() *set { return &set{name: s.set} }
 

@@ -1,6 +1,7 @@
 package kernelpath
 
 import (
+	"bytes"
 	"errors"
 	"maps"
 	"slices"
@@ -37,10 +38,43 @@ type lingerer struct {
 // nobody is the ID, which no permission has, under which a slot lingers.
 const nobody = 0
 
-// held is a slot and until when each permission holds it; zero: for ever.
+// held is a slot and who holds it. Nearly always that is one permission, and
+// there may be very many of these: hence no map.
 type held struct {
-	slot  slot
-	until map[uint64]time.Time
+	slot slot
+	by   []holding
+}
+
+// holding is one permission and until when it holds a slot; zero: for ever.
+type holding struct {
+	id    uint64
+	until time.Time
+}
+
+// set adds a holding or replaces it.
+func (h *held) set(id uint64, until time.Time) {
+	for i := range h.by {
+		if h.by[i].id == id {
+			h.by[i].until = until
+			return
+		}
+	}
+	h.by = append(h.by, holding{id, until})
+}
+
+// unset takes a holding away.
+func (h *held) unset(id uint64) {
+	h.by = slices.DeleteFunc(h.by, func(x holding) bool { return x.id == id })
+}
+
+// lingersUntil is when the slot may go though nobody holds it.
+func (h *held) lingersUntil() (until time.Time) {
+	for _, x := range h.by {
+		if x.id == nobody {
+			until = x.until
+		}
+	}
+	return until
 }
 
 func newHolders() holders {
@@ -48,7 +82,8 @@ func newHolders() holders {
 }
 
 // ErrConflict is a permission for an address and port that another permission
-// holds, and sends elsewhere.
+// holds, and sends elsewhere; or whose sources are a range that overlaps one of
+// that permission and is not the same.
 var ErrConflict = errors.New("another permission has the same address and port and another destination")
 
 // begin starts a transaction; undo takes everything back that was taken since.
@@ -84,7 +119,7 @@ func (h *holders) touch(k slotKey) {
 	h.touched[k] = nil
 	if now := h.slots[k]; now != nil {
 		h.touched[k] = now
-		h.slots[k] = &held{now.slot, maps.Clone(now.until)}
+		h.slots[k] = &held{now.slot, slices.Clone(now.by)}
 	}
 }
 
@@ -95,7 +130,8 @@ func (h *holders) take(c *change, now time.Time) {
 	slots, err := slotsOf(c.permission)
 	remove := c.remove || err != nil
 	for _, s := range slots {
-		if held := h.slots[s.at()]; !remove && held != nil && !held.slot.same(s) && !held.only(id) {
+		held := h.slots[s.at()]
+		if !remove && (held != nil && !held.slot.same(s) && !held.only(id) || h.overlaps(s, slots, id)) {
 			err, remove = ErrConflict, true
 		}
 	}
@@ -111,14 +147,14 @@ func (h *holders) take(c *change, now time.Time) {
 			continue
 		}
 		if h.slots[k] == nil {
-			h.slots[k] = &held{s, map[uint64]time.Time{}}
+			h.slots[k] = &held{slot: s}
 		}
 		h.slots[k].slot = s
 		var until time.Time
 		if s.elem.timeout > 0 {
 			until = now.Add(s.elem.timeout)
 		}
-		h.slots[k].until[id] = until
+		h.slots[k].set(id, until)
 		h.byID[id] = append(h.byID[id], k)
 	}
 }
@@ -141,12 +177,12 @@ func (h *holders) release(id uint64, k slotKey, now time.Time) {
 	}
 	h.touch(k)
 	h.newest[k] = h.slots[k].slot
-	delete(h.slots[k].until, id)
+	h.slots[k].unset(id)
 	if d := h.slots[k].slot.lingers; d > 0 && !now.IsZero() {
-		h.slots[k].until[nobody] = now.Add(d)
+		h.slots[k].set(nobody, now.Add(d))
 		h.lingering = append(h.lingering, lingerer{k, now.Add(d)})
 	}
-	if len(h.slots[k].until) == 0 {
+	if len(h.slots[k].by) == 0 {
 		delete(h.slots, k)
 	}
 }
@@ -165,20 +201,45 @@ func (h *holders) sweep(now time.Time) {
 	for ; n < len(h.lingering) && now.After(h.lingering[n].until.Add(time.Second)); n++ {
 		at := h.lingering[n].at
 		held := h.slots[at]
-		if held == nil || held.until[nobody].After(h.lingering[n].until) {
+		if held == nil || held.lingersUntil().After(h.lingering[n].until) {
 			continue
 		}
-		delete(held.until, nobody)
-		if len(held.until) == 0 {
+		held.unset(nobody)
+		if len(held.by) == 0 {
 			delete(h.slots, at)
 		}
 	}
 	h.lingering = slices.Delete(h.lingering, 0, n)
 }
 
+// overlaps says whether another permission holds a range for the same address
+// that overlaps this one and is not the same. The kernel finds a range that is
+// to be deleted by its first key alone, and would take the other one away.
+func (h *holders) overlaps(s slot, all []slot, id uint64) bool {
+	if !s.isRange() {
+		return false
+	}
+	// All that have ranges for the address hold what leads to these.
+	gate := slices.IndexFunc(all, func(s slot) bool { return s.elem.verdict != nil && s.elem.verdict.Chain == chainWide })
+	if gate < 0 || h.slots[all[gate].at()] == nil {
+		return false
+	}
+	for _, x := range h.slots[all[gate].at()].by {
+		if x.id == id {
+			continue
+		}
+		for _, k := range h.byID[x.id] {
+			if other := h.slots[k].slot; other.isRange() && k != s.at() &&
+				bytes.Compare(s.elem.key, other.elem.end) <= 0 && bytes.Compare(other.elem.key, s.elem.end) <= 0 {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 func (h *held) only(id uint64) bool {
-	_, mine := h.until[id]
-	return mine && len(h.until) == 1
+	return len(h.by) == 1 && h.by[0].id == id
 }
 
 // element is the slot with the time that is left of its longest holder; not
@@ -186,12 +247,12 @@ func (h *held) only(id uint64) bool {
 func (h *held) element(now time.Time) (element, bool) {
 	e := h.slot.elem
 	e.timeout = 0
-	for _, until := range h.until {
-		if until.IsZero() {
+	for _, x := range h.by {
+		if x.until.IsZero() {
 			e.timeout = 0
 			return e, true
 		}
-		e.timeout = max(e.timeout, until.Sub(now))
+		e.timeout = max(e.timeout, x.until.Sub(now))
 	}
 	return e, e.timeout > 0
 }
@@ -213,6 +274,8 @@ func (h *holders) transaction(now time.Time) *transaction {
 			e := before.slot.elem
 			e.timeout = 0
 			gone[k.set] = append(gone[k.set], e)
+		case h.newest[k].isRange():
+			// It cannot be there beside what is held, see overlaps.
 		case !h.known || after == nil:
 			e := h.newest[k].elem
 			e.timeout = 0
