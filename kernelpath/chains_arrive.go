@@ -119,7 +119,7 @@ func (b *builder) answers() {
 
 	w := b.chain(chainOneWay)
 	w.add(is(fieldCtDir, byteValue("original", 0)), accept())
-	w.add(drop())
+	w.add(count(counterDiscarded), drop())
 
 	k := b.chain(chainCut)
 	k.add(count(counterCut))
