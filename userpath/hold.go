@@ -119,11 +119,14 @@ type sweeper struct {
 	v     *verdicts
 	moves []move
 	late  []*inflight
+	// read: everything was read that was queued before.
+	read time.Duration
 }
 
 // sweep looks for flows that are past something: their time in the fast
 // queue, their deadline, the time to move, the grace of their answer.
 func (w *sweeper) sweep(now time.Duration, slow bool) {
+	w.read = w.q.read(now)
 	for i := range w.q.table.shards {
 		w.moves = w.moves[:0]
 		w.sweepShard(&w.q.table.shards[i], now, slow)
@@ -142,7 +145,7 @@ func (w *sweeper) sweep(now time.Duration, slow bool) {
 func (w *sweeper) sweepShard(s *shard, now time.Duration, slow bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for f := s.done.head; f != nil && now-f.since > releasedGrace; f = s.done.head {
+	for f := s.done.head; f != nil && (w.read-f.since > releasedGrace || now-f.since > releasedMost); f = s.done.head {
 		f.forgetLocked()
 	}
 	for f := s.fresh.head; f != nil && now-f.born > w.q.cfg.HoldAfter; f = s.fresh.head {

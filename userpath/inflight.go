@@ -27,9 +27,14 @@ const (
 	gone
 )
 
-// releasedGrace is how long an answer outlives its verdict. A packet that was
-// on its way to the queue meanwhile gets the same answer and no new question.
-const releasedGrace = 5 * time.Millisecond
+// An answer outlives its verdict: a packet that was on its way to the queue
+// meanwhile gets the same answer and no new question. It does so for
+// releasedGrace, and until everything was read that was queued then, which a
+// busy machine may do late; but not for longer than releasedMost.
+const (
+	releasedGrace = 5 * time.Millisecond
+	releasedMost  = 500 * time.Millisecond
+)
 
 // inflight is one flow under judgement: one decision for all of its packets.
 // The table's shard lock guards everything below packet.

@@ -1,11 +1,13 @@
 package userpath
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"testing"
 	"time"
 
+	"github.com/sluicegw/sluice/engine"
 	"github.com/sluicegw/sluice/flow"
 )
 
@@ -113,4 +115,55 @@ func TestAnswerWaitsForMovingPackets(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An answer stays longer while its queue has packets that nobody has read, but
+// not for ever.
+func TestAnswerWaitsForTheReader(t *testing.T) {
+	for _, c := range []struct {
+		name      string
+		read, now time.Duration // since the release
+		want      arrival
+	}{
+		{"unread", 0, 20 * releasedGrace, arrivalAnswered},
+		{"read", 2 * releasedGrace, 2 * releasedGrace, arrivalNew},
+		{"never read", 0, 2 * releasedMost, arrivalNew},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			q := &Queues{table: newTable(8)}
+			p := packetOf(flow.UDP, 1)
+			f := arriveAs(t, q.table, p, 1, arrivalNew, flow.Drop)
+			f.settle(flow.Kernel)
+			f.markReleased()
+			w := &sweeper{q: q, read: f.since + c.read}
+			w.sweepShard(f.shard, f.since+c.now, false)
+			path := flow.Kernel
+			if c.want == arrivalNew {
+				path = flow.Drop
+			}
+			arriveAs(t, q.table, p, 2, c.want, path)
+		})
+	}
+}
+
+// A queue counts as read only when nothing waits and nothing is on its way.
+func TestQueueIsRead(t *testing.T) {
+	l := newQueueLab(t, false)
+	l.start(QueueConfig{Decide: func(context.Context, flow.Packet) engine.Decision { return engine.Decision{Path: flow.Kernel} }})
+	l.udpServer("10.0.0.1:7000")
+	send(t, l.udpClient("10.0.0.1:7000"), "x")
+	l.eventually("the packet was read", func() bool {
+		now := l.q.table.now()
+		return l.q.Stats().Packets > 0 && l.q.read(now) == now
+	})
+	x := l.q.queues[0]
+	before := time.Duration(x.read.Load())
+	if before == 0 {
+		t.Fatal("the reader has not said how far it is")
+	}
+	x.reading.Store(true)
+	if got := l.q.read(l.q.table.now()); got != before {
+		t.Errorf("while it is being read: %v, want %v", got, before)
+	}
+	x.reading.Store(false)
 }

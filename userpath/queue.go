@@ -127,6 +127,9 @@ type queue struct {
 	kind   queueKind
 	sock   atomic.Pointer[queueSocket]
 	state  queueState // of the watchdog
+
+	reading atomic.Bool  // packets may be between the socket and the table
+	read    atomic.Int64 // table time before which all packets are in the table
 }
 
 // OpenQueues takes the queues, in the network namespace of the calling

@@ -70,12 +70,13 @@ type reader struct {
 }
 
 func newReader(x *queue, s *queueSocket) *reader {
-	return &reader{x: x, q: x.q, sock: s, recv: newReceiver(s), v: newVerdicts(x.q.cfg.Marks, &x.q.count)}
+	return &reader{x: x, q: x.q, sock: s, recv: newReceiver(s, &x.reading), v: newVerdicts(x.q.cfg.Marks, &x.q.count)}
 }
 
 // loop reads until the socket is closed. It never waits for anything but
 // packets.
 func (r *reader) loop() error {
+	r.x.reading.Store(true)
 	r.now = r.q.table.now()
 	for _, b := range r.sock.early {
 		r.datagram(b)
@@ -95,7 +96,27 @@ func (r *reader) loop() error {
 			r.datagram(r.recv.message(i))
 		}
 		r.finish()
+		if r.recv.n < drainMax { // that was all
+			r.x.read.Store(int64(r.recv.began.Sub(r.q.table.start)))
+		}
 	}
+}
+
+// read is a time not after now: every packet that was queued before it is in
+// the table.
+func (q *Queues) read(now time.Duration) time.Duration {
+	least := now
+	for _, x := range q.queues {
+		if x.kind == holdingQueue {
+			continue
+		}
+		// In this order: the reader says that it reads before it takes.
+		if !x.sock.Load().readable() && !x.reading.Load() {
+			continue
+		}
+		least = min(least, time.Duration(x.read.Load()))
+	}
+	return least
 }
 
 // finish ends a drain: new flows go to the pool, quick verdicts to the kernel.

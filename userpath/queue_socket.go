@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -84,7 +85,7 @@ func (s *queueSocket) bind(length, flags uint32) (err error) {
 	if err = s.nf.Con.SetReadDeadline(time.Now().Add(bindWithin)); err != nil {
 		return err
 	}
-	r := newReceiver(s)
+	r := newReceiver(s, new(atomic.Bool))
 	for acknowledged := false; !acknowledged; {
 		if err = r.receive(); err != nil {
 			return err
@@ -128,6 +129,16 @@ func (s *queueSocket) close() {
 	s.once.Do(func() { _ = s.nf.Close() }) // the kernel has nothing to say that would help
 }
 
+// readable says whether something waits to be received.
+func (s *queueSocket) readable() (yes bool) {
+	err := s.raw.Control(func(fd uintptr) {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(p, 0)
+		yes = n != 0 || err != nil
+	})
+	return err == nil && yes // nothing waits in a closed one
+}
+
 // sendNetlink sends to the kernel; netlink handles it before the call returns.
 func sendNetlink(fd uintptr, b []byte) error {
 	for {
@@ -153,10 +164,13 @@ type receiver struct {
 	bufs  [drainMax][messageLen]byte
 	n     int
 	errno syscall.Errno
+	began time.Time             // of the last system call
 	read  func(fd uintptr) bool // made once, as in verdicts
 }
 
-func newReceiver(s *queueSocket) *receiver {
+// newReceiver makes a receiver that has reading set from before it takes
+// something until nothing more is there.
+func newReceiver(s *queueSocket, reading *atomic.Bool) *receiver {
 	r := &receiver{sock: s}
 	for i := range r.heads {
 		r.iovs[i].Base = &r.bufs[i][0]
@@ -165,7 +179,9 @@ func newReceiver(s *queueSocket) *receiver {
 		r.heads[i].hdr.SetIovlen(1)
 	}
 	r.read = func(fd uintptr) bool {
+		reading.Store(true)
 		for {
+			r.began = time.Now()
 			n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&r.heads[0])),
 				drainMax, unix.MSG_DONTWAIT, 0, 0)
 			if errno == unix.EINTR {
@@ -173,6 +189,9 @@ func newReceiver(s *queueSocket) *receiver {
 			}
 			if r.n, r.errno = 0, errno; errno == 0 {
 				r.n = int(n)
+			}
+			if errno == unix.EAGAIN {
+				reading.Store(false)
 			}
 			return errno != unix.EAGAIN
 		}
