@@ -186,7 +186,8 @@ func (n *netSocket) Shutdown(abortive bool) error {
 		n.cut()
 		return nil
 	}
-	if n.e.shut.Swap(true) {
+	// The loop may not have come yet to the reset of an end that was cut.
+	if n.e.cause.Load() != nil || n.e.shut.Swap(true) {
 		return nil
 	}
 	n.e.mu.RLock()

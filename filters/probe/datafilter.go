@@ -26,6 +26,8 @@ type control struct {
 	gate     chan struct{} // not nil: nothing is read until it is closed
 	release  chan struct{} // closed: Pump gives the flow back
 	released bool
+	closing  bool // the test closes the sockets itself
+	abortive bool // and that way
 	pumps    []*pump
 }
 
@@ -64,6 +66,19 @@ func (k *control) letGo() {
 		k.released = true
 		close(k.release)
 	}
+}
+
+// ending says that errors are the test's own doing from now on.
+func (k *control) ending(abortive bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.closing, k.abortive = true, abortive
+}
+
+func (k *control) isEnding() (closing, abortive bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.closing, k.abortive
 }
 
 func (k *control) add(p *pump) {
@@ -148,6 +163,9 @@ func (d *dataFilter) carry(ctx context.Context, k *control, conn filterapi.Conne
 			return nil
 		}
 		if err != nil {
+			if closing, abortive := k.isEnding(); closing {
+				return to.Close(abortive)
+			}
 			_ = to.Close(true) // the far side was reset: so is this one
 			return err
 		}

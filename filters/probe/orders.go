@@ -76,8 +76,11 @@ var orders = map[string]order{
 
 // onConns are the ops about one connection.
 var onConns = map[string]func(*Filter, filterapi.Connection, args, *reply) error{
-	"kill": func(_ *Filter, c filterapi.Connection, _ args, _ *reply) error {
+	"kill": func(_ *Filter, c filterapi.Connection, a args, _ *reply) error {
 		c.Kill()
+		if a.On {
+			c.Kill()
+		}
 		return nil
 	},
 	"deny": func(_ *Filter, c filterapi.Connection, _ args, _ *reply) error { return c.Deny() },
@@ -124,10 +127,12 @@ var onConns = map[string]func(*Filter, filterapi.Connection, args, *reply) error
 		return nil
 	},
 	"close": func(f *Filter, c filterapi.Connection, a args, _ *reply) error {
-		s, err := f.controlOf(c).socket(a.Side)
+		k := f.controlOf(c)
+		s, err := k.socket(a.Side)
 		if err != nil {
 			return err
 		}
+		k.ending(a.On)
 		return s.Close(a.On)
 	},
 	"shutdown": func(f *Filter, c filterapi.Connection, a args, _ *reply) error {

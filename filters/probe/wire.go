@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"syscall"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
@@ -182,7 +183,7 @@ var errorNames = map[error]string{
 	filterapi.ErrNetworkDenied: "NetworkDenied", filterapi.ErrBadContext: "BadContext",
 	filterapi.ErrAlreadyExists: "AlreadyExists", filterapi.ErrAlreadyEmulated: "AlreadyEmulated",
 	filterapi.ErrNotEmulated: "NotEmulated", filterapi.ErrNotSupported: "NotSupported",
-	filterapi.ErrNoPorts: "NoPorts", filterapi.ErrQuota: "Quota", filterapi.ErrReleased: "Released",
+	filterapi.ErrNoPorts: "NoPorts", filterapi.ErrQuota: "Quota", filterapi.ErrReleased: "Released", syscall.ECONNREFUSED: "ConnectionRefused",
 }
 
 func errorName(err error) string {

@@ -21,8 +21,8 @@ const (
 
 // both runs a part of a test for each family: srv's address and the client's.
 func both(t *testing.T, f func(t *testing.T, srv, client netip.Addr)) {
-	t.Run("v4", func(t *testing.T) { f(t, lab.Srv4, lab.Client4) })
-	t.Run("v6", func(t *testing.T) { f(t, lab.Srv6, lab.Client6) })
+	t.Run("IPv4", func(t *testing.T) { f(t, lab.Srv4, lab.Client4) })
+	t.Run("IPv6", func(t *testing.T) { f(t, lab.Srv6, lab.Client6) })
 }
 
 // inKernel fails unless the flow is carried by the kernel: its conntrack entry

@@ -54,7 +54,7 @@ import "encoding/json"
 //
 // and about a connection, conn:
 //
-//	kill, deny
+//	deny            kill    on: twice
 //	filter          sources: SetIPFilter
 //	scribble        changes the copy that IPFilter gives -> prefixes, before
 //	names           -> addr: ExternalName, text: ExternalPeer
