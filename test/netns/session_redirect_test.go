@@ -212,6 +212,12 @@ func TestB06WithoutTimeout(t *testing.T) {
 		c := s.dial(s.Client, second)
 		s.p.Must("cancel", lab.ProbeArgs{Action: r.Actions[0]})
 		s.rejected(s.Client, first, "cancelled")
+		src := c.LocalAddr().String()
+		lab.Eventually(s.t, 3*time.Second, "the gateway knows whose flow it is", func() bool {
+			var flows []struct{ Src, Rule string }
+			s.g.JSON(&flows, "flows")
+			return slices.Contains(flows, struct{ Src, Rule string }{src, "probed"})
+		})
 		_ = c.Close()
 		s.GW.Run("conntrack", "-D", "-s", s.client.String(), "-p", "tcp", "--dport", fmt.Sprint(second.Port()))
 		s.p.Must("kill", lab.ProbeArgs{Conn: used})
