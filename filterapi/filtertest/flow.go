@@ -46,25 +46,32 @@ type Flow struct {
 	over  chan struct{} // nothing carries the flow any more, and the filter was told
 	stood sync.Once
 
+	gone   bool // guarded by Gateway.mu
 	mu     sync.Mutex
 	killed bool
+	links  []*leg  // between data filters
 	errs   []error // of each Pump, after done
 }
 
-// newFlow makes a flow whose client is inside and whose server is outside. t
-// is what the one that begins it sends.
+// newFlow makes a flow whose client is inside and whose server is outside, of a
+// session, or with nil of the client's transparent one. t is what the one that
+// begins it sends.
 func (g *Gateway) newFlow(s *session, t flow.Tuple, client, server netip.AddrPort) *Flow {
 	f := &Flow{
-		gateway: g, session: s, tuple: t,
+		gateway: g, tuple: t,
 		internal: newLeg(g.Window), external: newLeg(g.Window),
 		done: make(chan struct{}), over: make(chan struct{}),
 	}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
-	f.conn = g.newConnection(s, t)
-	f.conn.flow, f.Conn = f, f.conn
 	f.Client = &End{flow: f, name: "client", leg: f.internal, addr: client, far: server}
 	f.Server = &End{flow: f, name: "server", leg: f.external, addr: server, far: client}
 	g.mu.Lock()
+	if s == nil {
+		s = g.sessionOf(client.Addr())
+	}
+	f.session = s
+	f.conn = g.newConnection(s, t)
+	f.conn.flow, f.Conn = f, f.conn
 	g.flows = append(g.flows, f)
 	f.killed = s.ended
 	g.mu.Unlock()
@@ -149,8 +156,7 @@ func (g *Gateway) names(c *connection, remote netip.AddrPort) (name, peer netip.
 
 // refuse ends a flow that never began.
 func (f *Flow) refuse() {
-	f.internal.reset(ErrReset)
-	f.external.reset(ErrReset)
+	f.reset()
 	f.cancel()
 	close(f.done)
 	f.gateway.flowOver(f)
@@ -165,7 +171,7 @@ func (f *Flow) carry(chain []attached) {
 		external, next := f.external, (*leg)(nil)
 		last := i == len(chain)-1
 		if !last {
-			external, next = newLink(f.gateway.Window)
+			external, next = f.link()
 		}
 		if a.emulates {
 			f.Emulated = true
@@ -186,6 +192,18 @@ func (f *Flow) carry(chain []attached) {
 	}
 }
 
+// link joins two data filters; one of a flow that was killed is broken.
+func (f *Flow) link() (near, far *leg) {
+	near, far = newLink(f.gateway.Window)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.links = append(f.links, near)
+	if f.killed {
+		near.reset(ErrReset)
+	}
+	return near, far
+}
+
 // finish follows the flow to its end.
 func (f *Flow) finish() {
 	f.pumps.Wait()
@@ -196,17 +214,18 @@ func (f *Flow) finish() {
 	close(f.over)
 }
 
-// flowOver tells the filter and gives back what the flow held.
+// flowOver tells the filter, gives back what the flow held, and ends the
+// session with its last flow.
 func (g *Gateway) flowOver(f *Flow) {
 	g.terminating(f.conn)
-	p := f.conn.perm
-	if p == nil {
-		return
-	}
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	p.flows--
-	p.freeLocked()
+	f.gone = true
+	if p := f.conn.perm; p != nil {
+		p.flows--
+		p.freeLocked()
+	}
+	g.mu.Unlock()
+	g.endIdle(f.session)
 }
 
 // pump runs one data filter and does what its result asks for.
@@ -235,10 +254,6 @@ func (f *Flow) pump(a attached, internal, external *leg, first, last bool) error
 		f.release(h, internal, external)
 	default:
 		f.reset()
-		internal.reset(ErrReset)
-		if external != nil {
-			external.reset(ErrReset)
-		}
 	}
 	return err
 }
@@ -273,9 +288,14 @@ func join(from, to *lane) {
 // stand says once that the flow stands from end to end.
 func (f *Flow) stand() { f.stood.Do(func() { f.gateway.established(f.conn) }) }
 
+// reset breaks every leg: all sockets fail from then on.
 func (f *Flow) reset() {
-	f.internal.reset(ErrReset)
-	f.external.reset(ErrReset)
+	f.mu.Lock()
+	all := append([]*leg{f.internal, f.external}, f.links...)
+	f.mu.Unlock()
+	for _, l := range all {
+		l.reset(ErrReset)
+	}
 }
 
 // kill is Connection.Kill: both ends are reset at once.

@@ -41,6 +41,11 @@ type handle struct {
 func (g *Gateway) session(client netip.Addr) *session {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	return g.sessionOf(client)
+}
+
+// sessionOf is session. Gateway.mu is held.
+func (g *Gateway) sessionOf(client netip.Addr) *session {
 	for _, s := range g.sessions {
 		if s.addr == client && !s.ended && !s.private {
 			return s
@@ -102,20 +107,7 @@ func (g *Gateway) endSession(s *session) {
 		g.mu.Unlock()
 		return
 	}
-	s.ended = true
-	var void []*permission
-	for _, p := range g.living {
-		if p.session == s {
-			void = append(void, p)
-		}
-	}
-	var cut []*Flow
-	for _, f := range g.flows {
-		if f.session == s {
-			cut = append(cut, f)
-		}
-	}
-	g.factories = slices.DeleteFunc(g.factories, func(f *factory) bool { return f.session == s })
+	void, cut := g.endLocked(s)
 	g.mu.Unlock()
 	for _, p := range void {
 		p.end(Cancelled)
@@ -128,15 +120,57 @@ func (g *Gateway) endSession(s *session) {
 		for _, f := range cut {
 			<-f.over
 		}
-		if a := s.attached(); a != nil && a.filter != nil {
-			a.filter.Detach()
-		}
+		s.detach()
 	}
 	if g.gates.gate() != nil {
 		go last()
 		return
 	}
 	last()
+}
+
+// endIdle ends a session that nothing belongs to any more.
+func (g *Gateway) endIdle(s *session) {
+	g.mu.Lock()
+	busy := s.ended || s.refs > 0 ||
+		slices.ContainsFunc(g.flows, func(f *Flow) bool { return f.session == s && !f.gone }) ||
+		slices.ContainsFunc(g.living, func(p *permission) bool { return p.session == s && p.explicit })
+	if busy {
+		g.mu.Unlock()
+		return
+	}
+	void, _ := g.endLocked(s)
+	g.mu.Unlock()
+	for _, p := range void {
+		p.end(Cancelled)
+	}
+	g.wire.closeOf(s)
+	s.detach()
+}
+
+// endLocked marks a session as over and gives what has to end with it.
+// Gateway.mu is held.
+func (g *Gateway) endLocked(s *session) (void []*permission, cut []*Flow) {
+	s.ended = true
+	for _, p := range g.living {
+		if p.session == s {
+			void = append(void, p)
+		}
+	}
+	for _, f := range g.flows {
+		if f.session == s && !f.gone {
+			cut = append(cut, f)
+		}
+	}
+	g.factories = slices.DeleteFunc(g.factories, func(f *factory) bool { return f.session == s })
+	return void, cut
+}
+
+// detach ends the filter's part in the session.
+func (s *session) detach() {
+	if a := s.attached(); a != nil && a.filter != nil {
+		a.filter.Detach()
+	}
 }
 
 // lives is false once the session has ended.
@@ -207,11 +241,12 @@ func (h *handle) Close() {
 		g := h.gateway
 		g.mu.Lock()
 		h.refs--
-		last := h.private
 		g.mu.Unlock()
-		if last {
+		if h.private {
 			g.endSession(h.session)
+			return
 		}
+		g.endIdle(h.session)
 	})
 }
 
@@ -227,10 +262,11 @@ func (f firewall) ClientSession(client netip.Addr) (filterapi.Session, error) {
 	if err := f.gateway.client(client); err != nil {
 		return nil, err
 	}
-	s := f.gateway.session(client)
-	f.gateway.mu.Lock()
+	g := f.gateway
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	s := g.sessionOf(client)
 	s.refs++
-	f.gateway.mu.Unlock()
 	return &handle{session: s}, nil
 }
 

@@ -44,7 +44,7 @@ func (g *Gateway) primary(proto flow.Proto, client, server netip.AddrPort) (*Flo
 		return nil, err
 	}
 	t := flow.Tuple{Proto: proto, Src: client, Dst: server}
-	fl := g.newFlow(g.session(client.Addr()), t, client, server)
+	fl := g.newFlow(nil, t, client, server)
 	return fl, fl.start(g.raise(fl.conn, fl.conn.connectEvent(server)))
 }
 

@@ -1,0 +1,396 @@
+package misuse
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+
+	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/flow"
+)
+
+// foreign is a connection that no gateway has made.
+type foreign struct{ filterapi.Connection }
+
+func (foreign) Tuple() flow.Tuple { return tcp(client) }
+
+// allowTable is about RetroactiveAllowBind of a bind that discards.
+func allowTable() (out []example) {
+	for _, c := range []struct {
+		name   string
+		want   error
+		change func(*filterapi.AllowBind)
+	}{
+		{"a bind that discards", nil, func(*filterapi.AllowBind) {}},
+		{"at any address", nil, func(a *filterapi.AllowBind) {
+			a.Address = netip.AddrPortFrom(netip.IPv4Unspecified(), a.Address.Port())
+		}},
+		{"port 0", filterapi.ErrInvalidArgument, func(a *filterapi.AllowBind) { a.Address = netip.AddrPortFrom(a.Address.Addr(), 0) }},
+		{"no address", filterapi.ErrInvalidArgument, func(a *filterapi.AllowBind) { a.Address = netip.AddrPort{} }},
+		{"bad protocol", filterapi.ErrInvalidArgument, func(a *filterapi.AllowBind) { a.Proto = flow.ICMP }},
+		{"bidirectional TCP", filterapi.ErrInvalidArgument, func(a *filterapi.AllowBind) { a.Flags = filterapi.Bidirectional }},
+		{"unknown flag", filterapi.ErrInvalidArgument, func(a *filterapi.AllowBind) { a.Flags = filterapi.AllowMultiple }},
+		{"unknown port", filterapi.ErrNotFound, func(a *filterapi.AllowBind) { a.Address = netip.AddrPortFrom(outside, 1) }},
+		{"the other protocol", filterapi.ErrNotFound, func(a *filterapi.AllowBind) { a.Proto = flow.UDP }},
+	} {
+		out = append(out, example{"RetroactiveAllowBind/" + c.name, c.want, 0, func(s *scene, _ filterapi.Connection) error {
+			a, err := s.discarding()
+			if err != nil {
+				return err
+			}
+			c.change(&a)
+			already, err := s.session.RetroactiveAllowBind(a)
+			if already {
+				return errors.New("said to be allowed already")
+			}
+			return err
+		}})
+	}
+	return append(out,
+		example{"RetroactiveAllowBind/twice", nil, 0, func(s *scene, _ filterapi.Connection) error {
+			a, err := s.discarding()
+			if err != nil {
+				return err
+			}
+			for _, want := range []bool{false, true} {
+				already, err := s.session.RetroactiveAllowBind(a)
+				if err != nil || already != want {
+					return errors.Join(err, errors.New("not told whether it was allowed"))
+				}
+			}
+			return nil
+		}},
+		example{"RetroactiveAllowBind/session that is over", filterapi.ErrTerminating, 0, func(s *scene, _ filterapi.Connection) error {
+			a, err := s.discarding()
+			if err != nil {
+				return err
+			}
+			s.Disconnect(client.Addr())
+			_, err = s.session.RetroactiveAllowBind(a)
+			return err
+		}})
+}
+
+// discarding makes a bind that discards, and how it is allowed.
+func (s *scene) discarding() (filterapi.AllowBind, error) {
+	b := s.bind(flow.TCP)
+	b.Flags = filterapi.Discarding
+	c, err := s.opened(b)
+	if err != nil {
+		return filterapi.AllowBind{}, err
+	}
+	return filterapi.AllowBind{Proto: flow.TCP, Address: c.Tuple().Dst}, nil
+}
+
+func factoryTable() (out []example) {
+	for _, c := range []struct {
+		name   string
+		want   error
+		change func(*filterapi.DataFilterFactory)
+	}{
+		{"all right", nil, func(*filterapi.DataFilterFactory) {}},
+		{"any address and port", nil, func(f *filterapi.DataFilterFactory) { f.Address = netip.AddrPortFrom(netip.IPv4Unspecified(), 0) }},
+		{"no New", filterapi.ErrInvalidArgument, func(f *filterapi.DataFilterFactory) { f.New = nil }},
+		{"no event", filterapi.ErrInvalidArgument, func(f *filterapi.DataFilterFactory) { f.Event = 0 }},
+		{"an event without data", filterapi.ErrInvalidArgument, func(f *filterapi.DataFilterFactory) { f.Event = filterapi.BindTCP }},
+		{"two events", filterapi.ErrInvalidArgument, func(f *filterapi.DataFilterFactory) { f.Event |= filterapi.UDPDestination }},
+		{"no address", filterapi.ErrInvalidArgument, func(f *filterapi.DataFilterFactory) { f.Address = netip.AddrPort{} }},
+		{"no priority", filterapi.ErrInvalidArgument, func(f *filterapi.DataFilterFactory) { f.Priority = 0 }},
+		{"another call's flag", filterapi.ErrInvalidArgument, func(f *filterapi.DataFilterFactory) { f.Flags = filterapi.Timeout }},
+		{"address based", nil, func(f *filterapi.DataFilterFactory) { f.Flags = filterapi.AddressBased }},
+	} {
+		out = append(out, example{"SetDataFilterFactory/" + c.name, c.want, 0, func(s *scene, _ filterapi.Connection) error {
+			f := s.factory()
+			c.change(&f)
+			_, err := s.session.SetDataFilterFactory(f)
+			return err
+		}})
+	}
+	return append(out,
+		example{"SetDataFilterFactory/cancelled twice", filterapi.ErrTerminating, 0, func(s *scene, _ filterapi.Connection) error {
+			a, err := s.session.SetDataFilterFactory(s.factory())
+			if err := errors.Join(err, a.Cancel()); err != nil {
+				return errors.New(err.Error())
+			}
+			return a.Cancel()
+		}},
+		example{"SetDataFilterFactory/session that is over", filterapi.ErrTerminating, 0, func(s *scene, _ filterapi.Connection) error {
+			s.Disconnect(client.Addr())
+			_, err := s.session.SetDataFilterFactory(s.factory())
+			return err
+		}})
+}
+
+func emulateTable() (out []example) {
+	for _, c := range []struct {
+		name   string
+		want   error
+		change func(*filterapi.EmulatedBind)
+	}{
+		{"all right", nil, func(*filterapi.EmulatedBind) {}},
+		{"no client", filterapi.ErrInvalidArgument, func(b *filterapi.EmulatedBind) { b.Client = netip.AddrPort{} }},
+		{"client port 0", filterapi.ErrInvalidArgument, func(b *filterapi.EmulatedBind) { b.Client = netip.AddrPortFrom(client.Addr(), 0) }},
+		{"bad protocol", filterapi.ErrInvalidArgument, func(b *filterapi.EmulatedBind) { b.Proto = 0 }},
+		{"unknown protocol definition", filterapi.ErrInvalidArgument, func(b *filterapi.EmulatedBind) { b.Protocol = "no-such-protocol" }},
+	} {
+		out = append(out, example{"EmulateClientBind/" + c.name, c.want, 0, func(s *scene, _ filterapi.Connection) error {
+			b := s.emulated()
+			c.change(&b)
+			_, err := s.session.EmulateClientBind(b)
+			return err
+		}})
+	}
+	for _, c := range []struct {
+		name string
+		want error
+		call func(*scene, filterapi.Connection) error
+	}{
+		{"EmulateConnection, no filter", filterapi.ErrInvalidArgument, func(_ *scene, c filterapi.Connection) error {
+			_, err := c.EmulateConnection(nil, server, netip.AddrPort{})
+			return err
+		}},
+		{"EmulateConnection, no remote", filterapi.ErrInvalidArgument, func(_ *scene, c filterapi.Connection) error {
+			_, err := c.EmulateConnection(waits{}, netip.AddrPort{}, netip.AddrPort{})
+			return err
+		}},
+		{"EmulateConnection after Kill", filterapi.ErrTerminating, func(_ *scene, c filterapi.Connection) error {
+			c.Kill()
+			_, err := c.EmulateConnection(waits{}, server, netip.AddrPort{})
+			return err
+		}},
+		{"SetSocketName", nil, func(_ *scene, c filterapi.Connection) error { return c.SetSocketName(netip.AddrPortFrom(outside, 25)) }},
+		{"SetSocketName, port 0", filterapi.ErrInvalidArgument, func(_ *scene, c filterapi.Connection) error {
+			return c.SetSocketName(netip.AddrPortFrom(outside, 0))
+		}},
+		{"SetSocketName twice", filterapi.ErrAlreadyExists, func(_ *scene, c filterapi.Connection) error {
+			if err := c.SetSocketName(netip.AddrPortFrom(outside, 25)); err != nil {
+				return nil // the other case tells
+			}
+			return c.SetSocketName(netip.AddrPortFrom(outside, 26))
+		}},
+		{"SetIPFilter", filterapi.ErrNotSupported, func(_ *scene, c filterapi.Connection) error { return c.SetIPFilter(nil) }},
+		{"SetClientAddress", filterapi.ErrInvalidArgument, func(_ *scene, c filterapi.Connection) error {
+			return c.SetClientAddress(netip.AddrPortFrom(client.Addr(), 6001))
+		}},
+	} {
+		out = append(out, example{"emulated bind/" + c.name, c.want, 0, func(s *scene, _ filterapi.Connection) error {
+			b, err := s.session.EmulateClientBind(s.emulated())
+			if err != nil {
+				return errors.New("bind: " + err.Error())
+			}
+			return c.call(s, b)
+		}})
+	}
+	return out
+}
+
+// flowCalls are the calls that belong into a handler, with what they say
+// outside of one.
+func flowCalls() []example {
+	do := func(name string, want error, call func(filterapi.Connection) error) example {
+		return example{name, want, 0, func(_ *scene, c filterapi.Connection) error { return call(c) }}
+	}
+	return []example{
+		do("AttachDataFilter", filterapi.ErrBadContext, func(c filterapi.Connection) error {
+			return c.AttachDataFilter(waits{}, filterapi.PriorityNAT)
+		}),
+		do("AttachDataFilter nil", filterapi.ErrInvalidArgument, func(c filterapi.Connection) error {
+			return c.AttachDataFilter(nil, filterapi.PriorityNAT)
+		}),
+		do("AttachDataFilter class 0", filterapi.ErrInvalidArgument, func(c filterapi.Connection) error { return c.AttachDataFilter(waits{}, 0) }),
+		do("AttachDataFilter class 99", filterapi.ErrInvalidArgument, func(c filterapi.Connection) error { return c.AttachDataFilter(waits{}, 99) }),
+		do("Deny", filterapi.ErrBadContext, func(c filterapi.Connection) error { return c.Deny() }),
+		do("SetBufferSize", filterapi.ErrBadContext, func(c filterapi.Connection) error { return c.SetBufferSize(100) }),
+		do("SetBufferSize 0", filterapi.ErrInvalidArgument, func(c filterapi.Connection) error { return c.SetBufferSize(0) }),
+		do("EmulateForConnect", filterapi.ErrBadContext, func(c filterapi.Connection) error { return c.EmulateForConnect(waits{}) }),
+		do("EmulateForConnect nil", filterapi.ErrInvalidArgument, func(c filterapi.Connection) error { return c.EmulateForConnect(nil) }),
+		do("EmulateForBind", filterapi.ErrBadContext, func(c filterapi.Connection) error { return c.EmulateForBind() }),
+		do("EmulateConnection", filterapi.ErrNotEmulated, func(c filterapi.Connection) error {
+			_, err := c.EmulateConnection(waits{}, server, netip.AddrPort{})
+			return err
+		}),
+		do("IncrementBytesSent", filterapi.ErrNotEmulated, func(c filterapi.Connection) error { return c.IncrementBytesSent(1) }),
+		do("SetSocketName", filterapi.ErrNotEmulated, func(c filterapi.Connection) error { return c.SetSocketName(server) }),
+		do("SetIPFilter", filterapi.ErrNotSupported, func(c filterapi.Connection) error { return c.SetIPFilter(nil) }),
+		do("SetClientAddress", filterapi.ErrInvalidArgument, func(c filterapi.Connection) error { return c.SetClientAddress(client) }),
+	}
+}
+
+// handlerTable is what depends on the handler that runs.
+func handlerTable() (out []example) {
+	for _, x := range flowCalls() {
+		out = append(out, example{"flow/" + x.name, x.want, 0, func(s *scene, _ filterapi.Connection) error { return x.call(s, s.tcp) }})
+	}
+	in := func(kind filterapi.EventMask, name string, want error, call func(filterapi.Connection) error) {
+		names := map[filterapi.EventMask]string{filterapi.ConnectTCP: "connect", filterapi.UDPDestination: "destination",
+			filterapi.BindTCP: "TCP bind", filterapi.BindUDP: "UDP bind", filterapi.Listen: "listen"}
+		out = append(out, example{"in " + names[kind] + "/" + name, want, kind, func(_ *scene, c filterapi.Connection) error { return call(c) }})
+	}
+	attach := func(c filterapi.Connection) error { return c.AttachDataFilter(waits{}, filterapi.PriorityNAT) }
+	deny := func(c filterapi.Connection) error { return c.Deny() }
+	size := func(c filterapi.Connection) error { return c.SetBufferSize(8192) }
+	forConnect := func(c filterapi.Connection) error { return c.EmulateForConnect(waits{}) }
+	forBind := func(c filterapi.Connection) error { return c.EmulateForBind() }
+	toPeer := func(c filterapi.Connection) error {
+		return c.AttachDataFilterWithDestination(waits{}, filterapi.PriorityNAT, phone)
+	}
+	named := func(c filterapi.Connection) error { _, err := c.ExternalName(); return err }
+	twice := func(call func(filterapi.Connection) error) func(filterapi.Connection) error {
+		return func(c filterapi.Connection) error { _ = call(c); return call(c) }
+	}
+	bad, emulated := filterapi.ErrBadContext, filterapi.ErrAlreadyEmulated
+	for _, x := range []struct {
+		name                                           string
+		call                                           func(filterapi.Connection) error
+		connect, destination, bindTCP, bindUDP, listen error
+	}{
+		{"AttachDataFilter", attach, nil, nil, bad, nil, bad},
+		{"Deny", deny, nil, nil, nil, nil, bad},
+		{"SetBufferSize", size, nil, nil, nil, nil, nil},
+		{"SetBufferSize beyond bounds", func(c filterapi.Connection) error { return c.SetBufferSize(1 << 30) },
+			filterapi.ErrInvalidArgument, filterapi.ErrInvalidArgument, filterapi.ErrInvalidArgument, filterapi.ErrInvalidArgument, filterapi.ErrInvalidArgument},
+		{"EmulateForConnect", forConnect, nil, nil, bad, bad, bad},
+		{"EmulateForConnect twice", twice(forConnect), emulated, emulated, bad, bad, bad},
+		{"EmulateForBind", forBind, bad, bad, nil, nil, bad},
+		{"EmulateForBind twice", twice(forBind), bad, bad, emulated, emulated, bad},
+		{"a destination", toPeer, filterapi.ErrInvalidArgument, nil, filterapi.ErrInvalidArgument, nil, filterapi.ErrInvalidArgument},
+		{"ExternalName", named, bad, bad, nil, nil, nil},
+		{"emulating data filter", func(c filterapi.Connection) error {
+			_ = c.EmulateForConnect(waits{})
+			return c.AttachDataFilter(waits{}, filterapi.PriorityEmulation)
+		}, emulated, emulated, bad, nil, bad},
+	} {
+		in(filterapi.ConnectTCP, x.name, x.connect, x.call)
+		in(filterapi.UDPDestination, x.name, x.destination, x.call)
+		in(filterapi.BindTCP, x.name, x.bindTCP, x.call)
+		in(filterapi.BindUDP, x.name, x.bindUDP, x.call)
+		in(filterapi.Listen, x.name, x.listen, x.call)
+	}
+	return append(out,
+		example{"flow/AttachDataFilter after the end", filterapi.ErrTerminating, 0, func(s *scene, _ filterapi.Connection) error {
+			s.End(tcp(client))
+			return attach(s.tcp)
+		}},
+		example{"flow/Kill twice", nil, 0, func(s *scene, _ filterapi.Connection) error {
+			s.tcp.Kill()
+			s.tcp.Kill()
+			return nil
+		}})
+}
+
+func sessionTable() []example {
+	do := func(name string, want error, call func(*scene) error) example {
+		return example{"session/" + name, want, 0, func(s *scene, _ filterapi.Connection) error { return call(s) }}
+	}
+	ask := func(q filterapi.HostAccess) func(*scene) error {
+		return func(s *scene) error {
+			if q.Protocol == "its own" {
+				q.Protocol = s.protocol
+			}
+			return s.session.HostAccessCheck(q)
+		}
+	}
+	client6 := netip.MustParseAddr("ff02::1")
+	bad := filterapi.ErrInvalidArgument
+	clients := func(call func(s *scene, a netip.Addr) (filterapi.Session, error)) func(*scene) error {
+		return func(s *scene) error {
+			for _, a := range []netip.Addr{{}, netip.IPv4Unspecified(), client6, netip.MustParseAddr("224.0.0.1"), netip.MustParseAddr("10.0.0.1")} {
+				if _, err := call(s, a); !errors.Is(err, bad) {
+					return errors.Join(err, errors.New(a.String()+" is a client"))
+				}
+			}
+			return bad
+		}
+	}
+	return []example{
+		do("HostAccessCheck", nil, ask(filterapi.HostAccess{Protocol: "its own", Target: server})),
+		do("HostAccessCheck by port", nil, ask(filterapi.HostAccess{Proto: flow.TCP, Target: server})),
+		do("HostAccessCheck, not allowed", filterapi.ErrPolicyDenied, ask(filterapi.HostAccess{Proto: flow.TCP, Target: netip.AddrPortFrom(server.Addr(), 9)})),
+		do("HostAccessCheck, unknown protocol", bad, ask(filterapi.HostAccess{Protocol: "no-such-protocol", Target: server})),
+		do("HostAccessCheck, no target", bad, ask(filterapi.HostAccess{Protocol: "its own"})),
+		do("HostAccessCheck, neither protocol", bad, ask(filterapi.HostAccess{Target: server})),
+		do("AttachFilter, itself", nil, func(s *scene) error { return s.session.AttachFilter(Name) }),
+		do("AttachFilter, unknown", filterapi.ErrNotFound, func(s *scene) error { return s.session.AttachFilter("no-such-filter") }),
+		do("AttachFilter, over", filterapi.ErrTerminating, func(s *scene) error {
+			s.Disconnect(client.Addr())
+			return s.session.AttachFilter(Name)
+		}),
+		do("Close of one that was not asked for", nil, func(s *scene) error {
+			s.session.Close()
+			s.session.Close()
+			return s.session.AttachFilter(Name)
+		}),
+		do("ClientSession of no client", bad, clients(func(s *scene, a netip.Addr) (filterapi.Session, error) { return s.fw.ClientSession(a) })),
+		do("PrivateSession of no client", bad, clients(func(s *scene, a netip.Addr) (filterapi.Session, error) {
+			return s.fw.PrivateSession(a, "")
+		})),
+		do("private, closed twice and used", filterapi.ErrTerminating, func(s *scene) error {
+			p, err := s.fw.PrivateSession(client.Addr(), "me")
+			if err != nil {
+				return errors.New(err.Error())
+			}
+			if p.User() != "me" || p.Flags() != filterapi.SessionPrivate|filterapi.SessionAuthenticated {
+				return errors.New("not what was asked for")
+			}
+			p.Close()
+			p.Close()
+			if p.Flags()&filterapi.SessionTerminated == 0 {
+				return errors.New("not marked as over")
+			}
+			f := s.factory()
+			_, err = p.SetDataFilterFactory(f)
+			return err
+		}),
+		do("private, primary of another session", bad, func(s *scene) error {
+			p, err := s.fw.PrivateSession(client.Addr(), "")
+			if err != nil {
+				return errors.New(err.Error())
+			}
+			defer p.Close()
+			_, err = p.AllowFutureConnect(s.future())
+			return err
+		}),
+		do("flags when over", nil, func(s *scene) error {
+			if s.session.Flags() != filterapi.SessionNAT {
+				return errors.New("not a transparent session")
+			}
+			s.Disconnect(client.Addr())
+			if s.session.Flags() != filterapi.SessionNAT|filterapi.SessionTerminated {
+				return errors.New("not marked as over")
+			}
+			return nil
+		}),
+	}
+}
+
+func socketTable() []example {
+	do := func(name string, want error, call func(*scene) error) example {
+		return example{"sockets/" + name, want, 0, func(s *scene, _ filterapi.Connection) error { return call(s) }}
+	}
+	bad := filterapi.ErrInvalidArgument
+	dial := func(p flow.Proto, from, to netip.AddrPort) func(*scene) error {
+		return func(s *scene) error {
+			_, err := s.fw.Dial(context.Background(), p, from, to)
+			return err
+		}
+	}
+	return []example{
+		do("dial no protocol", bad, dial(0, netip.AddrPort{}, server)),
+		do("dial nowhere", bad, dial(flow.TCP, netip.AddrPort{}, netip.AddrPort{})),
+		do("dial port 0", bad, dial(flow.TCP, netip.AddrPort{}, netip.AddrPortFrom(server.Addr(), 0))),
+		do("dial from another host", bad, dial(flow.TCP, netip.MustParseAddrPort("203.0.113.77:0"), server)),
+		do("listen at no address", bad, func(s *scene) error { _, err := s.fw.Listen(netip.AddrPort{}, nil); return err }),
+		do("listen everywhere", bad, func(s *scene) error {
+			_, err := s.fw.Listen(netip.AddrPortFrom(netip.IPv4Unspecified(), 0), nil)
+			return err
+		}),
+		do("listen for datagrams at another host", bad, func(s *scene) error {
+			_, err := s.fw.ListenPacket(netip.MustParseAddrPort("203.0.113.77:0"), nil)
+			return err
+		}),
+		do("dial what the rules refuse, in a session", filterapi.ErrPolicyDenied, func(s *scene) error {
+			_, err := s.session.Network().Dial(context.Background(), flow.TCP, netip.AddrPort{}, netip.AddrPortFrom(server.Addr(), 9))
+			return err
+		}),
+	}
+}
