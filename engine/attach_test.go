@@ -379,3 +379,74 @@ func TestAFilterEmulatesABind(t *testing.T) {
 		t.Errorf("left: %v, %d sessions, %d ports; %d records", b.Flows(), len(b.sessions.byAddr), b.ports.Leased(), b.logs.FilterMessage("flow").Len())
 	}
 }
+
+// TestABindThatNobodyMade: the events of a bind are raised, nothing is opened,
+// and a filter sends callers on to the client.
+func TestABindThatNobodyMade(t *testing.T) {
+	var events []string
+	deny := false
+	p := &probe{events: filterapi.Events{Types: filterapi.BindTCP | filterapi.Listen}}
+	p.handle = func(ev filterapi.Event) error {
+		switch e := ev.(type) {
+		case *filterapi.BindEvent:
+			if e.Secondary || e.External != emulated.External || e.Protocol != "talk" || e.Source != filterapi.Explicit {
+				t.Errorf("event %+v", e)
+			}
+			events = append(events, "bind")
+			if deny {
+				return e.Connection.Deny()
+			}
+			if err := e.Connection.EmulateForBind(); !errors.Is(err, filterapi.ErrAlreadyEmulated) {
+				t.Errorf("emulate it again: %v", err)
+			}
+		case *filterapi.ListenEvent:
+			events = append(events, "listen")
+		}
+		return nil
+	}
+	b, user := talkBench(t, p)
+	s, err := p.fw.PrivateSession(emulated.Client.Addr(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ask := emulated
+	ask.InternalAddressTranslation = true
+	bind, err := s.EmulateClientBind(ask)
+	if err != nil || !b.kernel.empty() || !slices.Equal(events, []string{"bind", "listen"}) {
+		t.Fatalf("%v, kernel %v, events %v", err, b.kernel.held, events)
+	}
+	for _, remote := range []string{"198.51.100.1:99", "198.51.100.1:100"} {
+		c, err := bind.EmulateConnection(tagged{tag: "caller"}, netip.MustParseAddrPort(remote), netip.AddrPort{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.Flags() != filterapi.InternalAddressTranslation {
+			t.Errorf("flags %v", c.Flags())
+		}
+	}
+	if _, err := bind.EmulateConnection(tagged{}, netip.MustParseAddrPort("198.51.100.1:99"), netip.AddrPort{}); !errors.Is(err, filterapi.ErrAlreadyExists) {
+		t.Errorf("the same caller: %v", err)
+	}
+	if got := user.carried[1]; got.Dial.Target != emulated.Client || !slices.Equal(tags(got), []string{"caller"}) {
+		t.Errorf("takeover %+v", got)
+	}
+	in := flow.Packet{Tuple: flow.Tuple{Proto: flow.TCP, Src: netip.MustParseAddrPort("198.51.100.1:101"), Dst: emulated.External}, InIface: "wan0"}
+	if d := b.Decide(t.Context(), in); d.Path.Carries() {
+		t.Errorf("somebody else's connection: %v", d.Path)
+	}
+	deny = true
+	if _, err := s.EmulateClientBind(emulated); !errors.Is(err, filterapi.ErrPolicyDenied) {
+		t.Errorf("denied: %v", err)
+	}
+	for _, x := range user.carried {
+		x.Ended(flow.Counts{}, flow.Closed, "")
+	}
+	s.Close()
+	b.calm()
+	if _, err := bind.EmulateConnection(tagged{}, netip.MustParseAddrPort("198.51.100.1:102"), netip.AddrPort{}); !errors.Is(err, filterapi.ErrTerminating) {
+		t.Errorf("after the end: %v", err)
+	}
+	if len(b.sessions.byID) != 0 || len(b.Flows()) != 0 || len(b.Permissions()) != 0 {
+		t.Errorf("left: %d sessions, %v, %v", len(b.sessions.byID), b.Flows(), b.Permissions())
+	}
+}

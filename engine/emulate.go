@@ -8,6 +8,7 @@ import (
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
 )
 
 // setEmulated says who plays the far end, or the gateway's end of a bind.
@@ -59,6 +60,39 @@ func (c *connection) emulateForBind(r *registered) error {
 	return nil
 }
 
+// emulateClientBind is EmulateClientBind, called by a filter. The access rules
+// are asked whether the client may use the protocol at all.
+func (s *session) emulateClientBind(r *registered, b filterapi.EmulatedBind) (*connection, error) {
+	fail := func(err error) (*connection, error) {
+		return nil, fmt.Errorf("emulate a bind of client %v: %w", b.Client, err)
+	}
+	if !s.reachable(b.Client) || b.Client.Addr() != s.addr || !s.reachable(b.External) {
+		return fail(filterapi.ErrInvalidArgument)
+	}
+	n := filterapi.Negotiated{Protocol: b.Protocol, Proto: b.Proto, Flags: filterapi.AllowMultiple}
+	t, err := s.checkCall(n, filterapi.AllowMultiple, netip.AddrPort{})
+	if err != nil {
+		return fail(err)
+	}
+	// The filters' handlers run in the session.
+	if !s.ref() {
+		return fail(filterapi.ErrTerminating)
+	}
+	defer s.e.release(s)
+	p := s.newPermission(t, n)
+	p.Direction, p.Client, p.External, p.emulated = nat.Inbound, b.Client, b.External, true
+	p.object = &connection{
+		e: s.e, session: s, tuple: flow.Tuple{Proto: b.Proto, Dst: b.External}, start: s.e.now(), bind: p, name: b.External,
+		emulated: true, emulator: r, internalTranslation: b.InternalAddressTranslation,
+	}
+	p.object.inherit(p)
+	if err := s.e.openBinds([]*permission{p}); err != nil {
+		s.e.abandon(p)
+		return fail(err)
+	}
+	return p.object, nil
+}
+
 // state gives what the calls on emulated connections ask first.
 func (c *connection) state() (emulated, ended bool) {
 	c.mu.Lock()
@@ -88,6 +122,9 @@ func (c *connection) emulateConnection(r *registered, df filterapi.DataFilter, r
 	}
 	if c.e.user == nil {
 		return nil, fmt.Errorf("emulate connection: %w", filterapi.ErrNotSupported)
+	}
+	if c.e.flows.find(flow.Tuple{Proto: c.bind.Proto, Src: remote, Dst: c.bind.External}) != nil {
+		return nil, fmt.Errorf("emulate connection from %v: %w", remote, filterapi.ErrAlreadyExists)
 	}
 	made, err := c.accept(r, df, remote)
 	if err != nil {

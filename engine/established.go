@@ -128,7 +128,7 @@ func (p *permission) wasEarly(t flow.Tuple, now time.Time) bool {
 // listens says whether the kernel's word of established flows is needed.
 // p.mu is held.
 func (p *permission) listens(want inKernel) bool {
-	return p.notify != nil && !p.forced && (want == holdsOpening || p.late || p.unsettled > 0)
+	return p.notify != nil && !p.forced && !p.emulated && !p.forSocketsAlone() && (want == holdsOpening || p.late || p.unsettled > 0)
 }
 
 // watch brings the kernel's reports of established flows after what a

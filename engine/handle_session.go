@@ -114,7 +114,7 @@ func (h *sessionHandle) SetDataFilterFactory(f filterapi.DataFilterFactory) (fil
 
 // EmulateClientBind implements filterapi.Session.
 func (h *sessionHandle) EmulateClientBind(b filterapi.EmulatedBind) (filterapi.Connection, error) {
-	c, err := h.s.emulateClientBind(b)
+	c, err := h.s.emulateClientBind(h.r, b)
 	if err != nil {
 		return nil, err
 	}

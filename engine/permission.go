@@ -137,23 +137,26 @@ func (p *permission) admits(src netip.Addr, late bool) bool {
 // is held.
 func (p *permission) wanted() (inKernel, nat.Permission) {
 	out := p.Permission
-	if out.ToUser {
-		out.OneWay = false // user space drops the answers itself
-	}
+	out.OneWay = p.OneWay && !p.ToUser // else user space sees to it
 	if p.emulated || p.forSocketsAlone() {
 		return holdsNothing, out
 	}
 	if p.state == permWaiting && !p.shut() && (!p.inbound() || p.AnySource || len(p.Sources) > 0) {
 		return holdsOpening, out
 	}
-	switch translated := p.Via.IsValid() || p.Source.IsValid() || p.inbound() && p.External != p.Client; {
-	case !translated || p.flows == 0:
+	if p.flows == 0 {
 		return holdsNothing, out
-	case p.inbound():
+	}
+	// Nobody new comes in. What a flow on its way may need stays.
+	out.Timeout = 0
+	switch {
+	case p.inbound() && p.External != p.Client:
 		out.Sources, out.AnySource = nil, false
 		return holdsTranslation, out
-	case p.state == permUsed:
-		// The kernel has used it up, or user space refuses who comes now.
+	case p.Via.IsValid():
+		out.Client = netip.AddrPort{} // and others are still told no
+		return holdsTranslation, out
+	case p.Source.IsValid() && p.state == permUsed:
 		return holdsWhatItHas, out
 	}
 	return holdsNothing, out
@@ -243,11 +246,11 @@ func (s *permissions) add(quota int, perms ...*permission) error {
 // taken says whether another bind has the external address, of another session
 // or for another client. mu is held.
 func (s *permissions) taken(p *permission, client, external netip.AddrPort) bool {
-	if !p.inbound() || !external.IsValid() {
+	if !p.inbound() || !external.IsValid() || p.isEmulated() {
 		return false
 	}
 	return slices.ContainsFunc(s.byKey[permKey{proto: p.Proto, dst: external}], func(old *permission) bool {
-		return old != p && (old.session != p.session || old.Client != client) && old.waits() && old.session.lives()
+		return old != p && (old.session != p.session || old.Client != client) && old.waits() && !old.isEmulated() && old.session.lives()
 	})
 }
 
@@ -321,8 +324,18 @@ func (s *permissions) move(p *permission, client, external netip.AddrPort, await
 		s.list(p)
 	}
 	p.object.mu.Lock()
-	p.object.name = external
+	if !p.object.named {
+		p.object.name = external
+	}
 	p.object.mu.Unlock()
+}
+
+// isEmulated says whether a filter plays the gateway's end, so that nothing is
+// opened.
+func (p *permission) isEmulated() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.emulated
 }
 
 func (p *permission) waits() bool {

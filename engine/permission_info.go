@@ -16,8 +16,8 @@ type PermissionInfo struct {
 	Owner    netip.Addr
 	Rule     string // empty: none has allowed it yet
 	Protocol string
-	// State is waiting (for the client's address), discarding, reserved,
-	// armed or used.
+	// State is emulated (by a filter: nothing is open), waiting (for the
+	// client's address), discarding, reserved, armed or used.
 	State string
 	// AddressBased: every session of the owner's address may use it.
 	AddressBased bool
@@ -64,6 +64,8 @@ func (p *permission) info() (PermissionInfo, bool) {
 		return i, p.flows > 0
 	}
 	switch {
+	case p.emulated:
+		i.State = "emulated"
 	case p.awaiting:
 		i.State = "waiting"
 	case p.discarding:

@@ -60,7 +60,7 @@ func TestSessionsThatFiltersMake(t *testing.T) {
 // TestSourcesBoundAnAttachment: a filter that asks for explicit sources hears
 // of a private session alone.
 func TestSourcesBoundAnAttachment(t *testing.T) {
-	for _, want := range []filterapi.Sources{filterapi.Transparent} {
+	for _, want := range []filterapi.Sources{filterapi.Transparent, filterapi.Explicit} {
 		var heard []filterapi.Sources
 		p := &probe{events: filterapi.Events{Types: filterapi.ConnectTCP | filterapi.BindTCP, Sources: want, Secondary: true, AnyProtocol: true}}
 		p.handle = func(ev filterapi.Event) error {
@@ -74,10 +74,21 @@ func TestSourcesBoundAnAttachment(t *testing.T) {
 		}
 		b, _ := talkBench(t, p)
 		b.Decide(context.Background(), syn(client, control))
+		s, err := p.fw.PrivateSession(netip.MustParseAddr("10.0.0.2"), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.EmulateClientBind(emulated); err != nil {
+			t.Fatal(err)
+		}
 		if len(heard) != 1 || heard[0] != want {
 			t.Errorf("asked for %v, heard %v", want, heard)
 		}
 	}
+}
+
+var emulated = filterapi.EmulatedBind{
+	Client: netip.MustParseAddrPort("10.0.0.2:7"), External: netip.MustParseAddrPort("203.0.113.1:7"), Proto: flow.TCP, Protocol: "talk",
 }
 
 func TestAttachFilterAttachesWithoutAnEvent(t *testing.T) {

@@ -34,7 +34,9 @@ type Connection interface {
 	// context of Pump is cancelled when the peer is forgotten; should the peer
 	// come back, Pump is called again. Only inside the handler of a
 	// UDPDestinationEvent or of a BindEvent for UDP. ErrInvalidArgument for a
-	// TCP connection or a peer without a port.
+	// TCP connection or a peer without a port, ErrQuota when too many are
+	// remembered. What the filter attached for the same peer in an earlier
+	// event, it replaces.
 	AttachDataFilterWithDestination(f DataFilter, p Priority, peer netip.AddrPort) error
 	// Deny refuses what the event asks for: the client of a connect gets a
 	// reset, the peer of an accept too, datagrams to a denied UDP destination
@@ -78,8 +80,9 @@ type Connection interface {
 	// the client, which sees remote as its peer; the data filter gets its
 	// internal socket alone. local is the client's address and port; invalid:
 	// that of the bind. It returns when the client has accepted. ErrNotEmulated
-	// on anything but an emulated bind, ErrInvalidArgument, ErrTerminating, or
-	// the network's error, for instance ECONNREFUSED.
+	// on anything but an emulated bind, ErrInvalidArgument, ErrTerminating,
+	// ErrAlreadyExists while one from remote lives, ErrPolicyDenied when another
+	// filter denies it, or the network's error, for instance ECONNREFUSED.
 	EmulateConnection(f DataFilter, remote, local netip.AddrPort) (Connection, error)
 	// IncrementBytesSent adds to the bytes that the log says were sent on an
 	// emulated connection. ErrNotEmulated on another, ErrTerminating after its

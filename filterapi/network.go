@@ -16,15 +16,18 @@ import (
 type Network interface {
 	// Dial connects to an address. from, if valid, is an address of the
 	// gateway to come from; port 0: any. ctx bounds the handshake. Errors:
-	// ErrInvalidArgument, ErrPolicyDenied, ErrNetworkDenied, or the network's
-	// own. The caller closes the connection.
+	// ErrInvalidArgument, ErrPolicyDenied, ErrNetworkDenied, ErrTerminating when
+	// the session is over, or the network's own. The caller closes the connection.
 	Dial(ctx context.Context, p flow.Proto, from, to netip.AddrPort) (net.Conn, error)
 	// Listen accepts TCP connections at an address of the gateway; port 0: any
-	// free one. f says who may connect; nil: everybody. Errors:
+	// free one. f says who may connect; nil: everybody. A session may listen
+	// where the access rules let its client connect to. Errors:
 	// ErrInvalidArgument for an address that is unspecified or not the
-	// gateway's, ErrPolicyDenied, ErrAlreadyExists, or the network's own.
+	// gateway's, ErrPolicyDenied, ErrNetworkDenied, ErrAlreadyExists,
+	// ErrTerminating, or the network's own.
 	Listen(at netip.AddrPort, f *IPFilter) (Listener, error)
-	// ListenPacket is Listen for UDP.
+	// ListenPacket is Listen for UDP. A session's socket sends only to whom the
+	// access rules let its client send: ErrPolicyDenied, ErrNetworkDenied.
 	ListenPacket(at netip.AddrPort, f *IPFilter) (PacketConn, error)
 }
 
@@ -43,7 +46,9 @@ type PacketConn interface {
 // Restrictable is a socket whose sources are bounded by the packet filter.
 type Restrictable interface {
 	// SetIPFilter replaces the sources and returns when the kernel has
-	// acknowledged; nil: everybody, empty: nobody. ErrTerminating after Close.
+	// acknowledged; nil: everybody, empty: nobody. ErrInvalidArgument for
+	// sources of another family, ErrTerminating after Close. After the kernel's
+	// error nobody may come until it is set again.
 	SetIPFilter(*IPFilter) error
 	// IPFilter gives a copy of the current one.
 	IPFilter() *IPFilter

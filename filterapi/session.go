@@ -97,8 +97,9 @@ type Session interface {
 	// which the access rules apply as if the client had made them.
 	Network() Network
 	// Close gives a session back that came from Firewall.ClientSession or
-	// PrivateSession; on another, and the second time, it does nothing. A
-	// private session ends with it.
+	// PrivateSession; on another, and the second time, it does nothing. With
+	// it a private session's permissions are void and its sockets closed; it
+	// ends when the connections that it let in have.
 	Close()
 
 	// RedirectConnections gives the client addresses of the gateway's inside,
@@ -153,7 +154,8 @@ type Session interface {
 	// EmulateClientBind makes a bind that a filter emulates: the events of a
 	// bind are raised, nothing is opened, and EmulateConnection on the result
 	// connects to the client.
-	// Errors: ErrInvalidArgument, ErrPolicyDenied, ErrTerminating.
+	// Errors: ErrInvalidArgument, ErrPolicyDenied, ErrNetworkDenied, ErrQuota,
+	// ErrTerminating.
 	EmulateClientBind(EmulatedBind) (Connection, error)
 }
 
@@ -238,7 +240,8 @@ type AllowBind struct {
 
 // DataFilterFactory asks for data filters on connections to come.
 type DataFilterFactory struct {
-	// Event is one of ConnectTCP, UDPDestination, Accepted, BindUDP.
+	// Event is one of ConnectTCP, UDPDestination, Accepted, BindUDP. The
+	// connections of BindUDP are the flows of each peer of such a bind.
 	Event EventMask
 	// Address is the remote address for ConnectTCP and UDPDestination, and the
 	// external one for the others. Port 0 is any port and an unspecified
