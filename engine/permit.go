@@ -29,9 +29,6 @@ func (e *Engine) grant(perms ...*permission) error {
 	if err := e.perms.add(e.quota, perms...); err != nil {
 		return err
 	}
-	for _, p := range perms {
-		e.bringToUser(p)
-	}
 	errs := make([]error, len(perms))
 	var changes sync.WaitGroup // the kernel gets them together
 	for i, p := range perms {
@@ -216,6 +213,7 @@ func (e *Engine) unuse(p *permission, stood bool) {
 func (e *Engine) enforce(p *permission) error {
 	p.change.Lock()
 	defer p.change.Unlock()
+	e.bringToUser(p)
 	p.mu.Lock()
 	want, form := p.wanted()
 	over, listens := p.over(), p.listens(want)
