@@ -76,7 +76,7 @@ func (t *TCP) originate(ctx context.Context, job tcpJob) error {
 	job.emulated, job.initiatorExternal = true, true
 	if len(job.chain) == 0 {
 		job.Ended(flow.Counts{}, flow.Failed, errNoEmulation.Error())
-		return fmt.Errorf("originate %s: %w", job.tuple, errNoEmulation)
+		return fmt.Errorf("dial %s from %s: %w", job.dial.Target, job.dial.Source, errNoEmulation)
 	}
 	f, err := t.dial(ctx, job)
 	if err != nil {
@@ -84,14 +84,14 @@ func (t *TCP) originate(ctx context.Context, job tcpJob) error {
 			err = context.Cause(ctx)
 		}
 		t.undialled(f, job, err)
-		return fmt.Errorf("originate %s: %w", job.tuple, err)
+		return fmt.Errorf("dial %s from %s: %w", job.dial.Target, job.dial.Source, err)
 	}
 	job.Connected(f.name(), job.dial.Target)
 	t.stats.flows.Add(1)
 	stands := f.originated()
 	go f.follow()
 	if !stands {
-		return fmt.Errorf("originate %s: %w", job.tuple, filterapi.ErrTerminating)
+		return fmt.Errorf("dial %s from %s: %w", job.dial.Target, job.dial.Source, filterapi.ErrTerminating)
 	}
 	return nil
 }

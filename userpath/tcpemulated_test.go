@@ -261,7 +261,7 @@ func TestOriginateFails(t *testing.T) {
 	t.Run("cancelled", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel()
-		if rec, err := l.originate(ctx, "198.51.100.7:5060", "10.0.0.2:6666", echoServer{}); !errors.Is(err, context.Canceled) || rec.wait().result != flow.Failed {
+		if rec, err := l.originate(ctx, "198.51.100.7:5061", "10.0.0.2:6666", echoServer{}); !errors.Is(err, context.Canceled) || rec.wait().result != flow.Failed {
 			t.Errorf("%v, want cancelled", err)
 		}
 	})

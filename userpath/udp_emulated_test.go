@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/netip"
 	"strings"
 	"sync/atomic"
@@ -292,7 +293,7 @@ func TestUDPPeersOfABind(t *testing.T) {
 			l.request(l.inbound(p.Src.String(), p.Dst.String(), filter))
 			return flow.User
 		}
-		l.start(UDPConfig{PeerIdle: 500 * time.Millisecond})
+		l.start(UDPConfig{})
 		for _, a := range udpFamilies {
 			seen := l.client.echo(a.client)
 			addr := netip.MustParseAddrPort(a.server)
@@ -307,6 +308,7 @@ func TestUDPPeersOfABind(t *testing.T) {
 						t.Errorf("the client saw %s, want %s", got.from, peer)
 					}
 					<-filter.came
+					l.u.find(udpKey{peer, netip.MustParseAddrPort(a.client)}).last.Store(math.MinInt64) // idle for long
 					select {
 					case err := <-filter.gone:
 						if !errors.Is(err, context.Canceled) {

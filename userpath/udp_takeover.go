@@ -59,7 +59,7 @@ func (u *UDP) Originate(_ context.Context, t *engine.Takeover) error {
 func (u *UDP) originate(q udpRequest) error {
 	q.emulated, q.external = true, true
 	if err := u.bring(q); err != nil {
-		return fmt.Errorf("originate %s: %w", q.tuple, err)
+		return fmt.Errorf("dial %s from %s: %w", q.dial.Target, q.dial.Source, err)
 	}
 	return nil
 }
