@@ -47,6 +47,9 @@ func (s *session) BindForClient(b filterapi.Bind) ([]*connection, error) {
 		return fail(filterapi.ErrTerminating)
 	}
 	defer s.e.release(s)
+	if !s.e.perms.room(s.addr, len(b.Clients), s.e.quota) {
+		return fail(filterapi.ErrQuota)
+	}
 	x, err := s.findPlace(b, t)
 	if err != nil {
 		return fail(err)

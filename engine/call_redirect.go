@@ -26,6 +26,9 @@ func (s *session) RedirectConnections(r filterapi.Redirect) (netip.AddrPort, []f
 		return fail(filterapi.ErrTerminating)
 	}
 	defer s.e.release(s)
+	if !s.e.perms.room(s.addr, len(perms), s.e.quota) {
+		return fail(filterapi.ErrQuota)
+	}
 	inside, err := s.leaseInside(r.Proto, perms)
 	if err != nil {
 		return fail(err)

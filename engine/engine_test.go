@@ -24,6 +24,8 @@ type fakeKernel struct {
 	held map[uint64]nat.Permission
 	cut  []flow.Tuple
 	fail error
+	// watched is how often the reports of established flows are asked for.
+	watched int
 }
 
 func (k *fakeKernel) Install(_ context.Context, p nat.Permission) error {
@@ -314,4 +316,25 @@ func TestTupleUsedAnewEndsTheFormerFlowOnce(t *testing.T) {
 	}
 }
 
-func (*fakeKernel) WatchEstablished(bool) error { return nil }
+// WatchEstablished counts, and never below zero.
+func (k *fakeKernel) WatchEstablished(on bool) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch {
+	case on && k.fail != nil:
+		return k.fail
+	case on:
+		k.watched++
+	case k.watched == 0:
+		return errors.New("nobody watches")
+	default:
+		k.watched--
+	}
+	return nil
+}
+
+func (k *fakeKernel) watching() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.watched
+}

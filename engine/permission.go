@@ -243,6 +243,15 @@ func (s *permissions) add(quota int, perms ...*permission) error {
 	return nil
 }
 
+// room says whether a client may hold n more permissions. What needs ports asks
+// before it leases them: a port that was leased rests before it is free again,
+// and must not be had for nothing.
+func (s *permissions) room(client netip.Addr, n, quota int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.byClient[client]+n <= quota
+}
+
 // taken says whether another bind has the external address, of another session
 // or for another client. mu is held.
 func (s *permissions) taken(p *permission, client, external netip.AddrPort) bool {
