@@ -30,6 +30,8 @@ type flakyKernel struct {
 	fails int
 	held  map[uint64]nat.Permission
 	used  map[uint64]bool
+	// watched is how often the reports of established flows are asked for.
+	watched int
 }
 
 var errFlaky = errors.New("no buffer space")
@@ -43,6 +45,19 @@ func (k *flakyKernel) Install(_ context.Context, p nat.Permission) error {
 	}
 	k.held[p.ID] = p
 	delete(k.used, p.ID)
+	return nil
+}
+
+// WatchEstablished may refuse to begin, and to end.
+func (k *flakyKernel) WatchEstablished(on bool) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.refuses() {
+		return errFlaky
+	}
+	if k.watched++; !on {
+		k.watched -= 2
+	}
 	return nil
 }
 
@@ -83,7 +98,11 @@ func (k *flakyKernel) arrive(t flow.Tuple) bool {
 
 func opens(p nat.Permission, t flow.Tuple) bool {
 	if p.Direction == nat.Outbound {
-		return t.Dst == p.Target && t.Src.Addr() == p.Client.Addr()
+		to := p.Target
+		if p.Via.IsValid() {
+			to = p.Via
+		}
+		return t.Dst == to && t.Src.Addr() == p.Client.Addr()
 	}
 	return t.Dst == p.External && (p.AnySource || slices.ContainsFunc(p.Sources, func(x netip.Prefix) bool { return x.Contains(t.Src.Addr()) }))
 }
@@ -104,7 +123,11 @@ type world struct {
 	rand    *rand.Rand
 	clients []*modelClient
 	port    uint16
-	living  []flow.Tuple // kernel flows that a permission let in
+	living  []flow.Tuple            // kernel flows that a permission let in
+	owed    map[flow.Tuple]bool     // a filter must hear of them
+	closed  map[netip.AddrPort]bool // binds that wait for somebody's call
+	mu      sync.Mutex
+	heard   map[flow.Tuple]int // under mu
 }
 
 type modelClient struct {
@@ -114,9 +137,12 @@ type modelClient struct {
 }
 
 type modelPermission struct {
-	tuple  flow.Tuple // of a flow that it lets in
-	action filterapi.Action
-	bind   filterapi.Connection
+	tuple   flow.Tuple // of a flow that it lets in
+	action  filterapi.Action
+	bind    filterapi.Connection
+	notify  bool
+	waiting bool
+	discard bool
 }
 
 const modelServer = "203.0.113.10"
@@ -124,7 +150,7 @@ const modelServer = "203.0.113.10"
 // step does one random thing.
 func (w *world) step() {
 	c := w.clients[w.rand.IntN(len(w.clients))]
-	switch n := w.rand.IntN(12); {
+	switch n := w.rand.IntN(14); {
 	case c.control == nil:
 		w.port++
 		d := w.e.Decide(context.Background(), syn(fmt.Sprintf("%s:%d", c.addr, w.port), modelServer+":21"))
@@ -135,6 +161,8 @@ func (w *world) step() {
 		c.control.Connected(netip.MustParseAddrPort("203.0.113.1:33000"), netip.MustParseAddrPort(modelServer+":21"))
 	case n < 2:
 		w.connect(c)
+	case n >= 12:
+		w.redirect(c)
 	case n < 5:
 		w.bind(c)
 	case n < 9 && len(c.open) > 0:
@@ -154,20 +182,61 @@ func (w *world) flags() filterapi.Flags {
 	return []filterapi.Flags{0, filterapi.Timeout, filterapi.AllowMultiple, filterapi.AllowMultiple | filterapi.Timeout, filterapi.NoKernelMode}[w.rand.IntN(5)]
 }
 
+// negotiated is what the calls have in common. The filter's own handles are
+// used, so that it may name itself.
+func (w *world) negotiated(c *modelClient) (filterapi.Session, filterapi.Negotiated) {
+	r := w.e.filters[0]
+	n := filterapi.Negotiated{Primary: c.control.flow.handle(r), Proto: flow.TCP, Flags: w.flags(), Expiry: time.Duration(1+w.rand.IntN(20)) * time.Millisecond}
+	if w.rand.IntN(2) == 0 {
+		n.Notify = c.control.flow.session.attachedTo(r).filter
+	}
+	return c.control.flow.session.handle(r), n
+}
+
 func (w *world) connect(c *modelClient) {
 	target := netip.AddrPortFrom(netip.MustParseAddr(modelServer), uint16(2000+w.rand.IntN(3)))
-	a, err := c.control.Conn().Session().AllowFutureConnect(filterapi.FutureConnect{Negotiated: filterapi.Negotiated{Primary: c.control.Conn(), Proto: flow.TCP, Flags: w.flags(), Expiry: time.Duration(1+w.rand.IntN(20)) * time.Millisecond}, Target: target})
+	s, n := w.negotiated(c)
+	a, err := s.AllowFutureConnect(filterapi.FutureConnect{Negotiated: n, Target: target})
 	if w.may(err) {
+		// Others of the same target may be used instead of this one.
 		c.open = append(c.open, modelPermission{action: a, tuple: flow.Tuple{Proto: flow.TCP, Dst: target}})
+	}
+}
+
+func (w *world) redirect(c *modelClient) {
+	targets := []netip.AddrPort{netip.MustParseAddrPort(modelServer + ":80"), netip.MustParseAddrPort("198.51.100.1:443")}[:1+w.rand.IntN(2)]
+	s, n := w.negotiated(c)
+	inside, actions, err := s.RedirectConnections(filterapi.Redirect{Negotiated: n, Targets: targets})
+	if !w.may(err) {
+		return
+	}
+	for i, a := range actions {
+		c.open = append(c.open, modelPermission{action: a, notify: n.Notify != nil, tuple: flow.Tuple{Proto: flow.TCP, Dst: netip.AddrPortFrom(inside.Addr(), inside.Port()+uint16(i))}})
 	}
 }
 
 func (w *world) bind(c *modelClient) {
 	filters := []*filterapi.IPFilter{nil, filterapi.OnlyFrom(), filterapi.OnlyFrom(netip.MustParseAddr(modelServer))}
-	b, err := c.control.Conn().Session().BindForClient(filterapi.Bind{Negotiated: filterapi.Negotiated{Primary: c.control.Conn(), Proto: flow.TCP, Flags: w.flags(), Expiry: time.Duration(1+w.rand.IntN(20)) * time.Millisecond}, Clients: []netip.AddrPort{netip.AddrPortFrom(c.addr, 5000)},
-		IPFilter: filters[w.rand.IntN(3)]})
-	if w.may(err) {
-		c.open = append(c.open, modelPermission{bind: b[0], tuple: b[0].Tuple()})
+	s, n := w.negotiated(c)
+	clients := []netip.AddrPort{netip.AddrPortFrom(c.addr, 5000), netip.AddrPortFrom(c.addr, 5001), netip.AddrPortFrom(c.addr, 5002)}[:1+w.rand.IntN(3)]
+	var waiting bool
+	switch w.rand.IntN(5) {
+	case 0:
+		clients, waiting = []netip.AddrPort{{}}, true
+	case 1:
+		n.Flags |= filterapi.Discarding
+	}
+	n.Flags |= []filterapi.Flags{0, filterapi.EvenPort}[w.rand.IntN(2)]
+	binds, err := s.BindForClient(filterapi.Bind{Negotiated: n, Clients: clients, IPFilter: filters[w.rand.IntN(3)]})
+	if !w.may(err) {
+		return
+	}
+	for i, b := range binds {
+		if low := binds[0].Tuple().Dst.Port(); b.Tuple().Dst.Port() != low+uint16(i) || n.Flags&filterapi.EvenPort != 0 && low%2 != 0 {
+			w.t.Fatalf("bind %d of %d: %v, the first %v", i, len(binds), b.Tuple(), low)
+		}
+		w.closed[b.Tuple().Dst] = waiting || n.Flags&filterapi.Discarding != 0
+		c.open = append(c.open, modelPermission{bind: b, tuple: b.Tuple(), notify: n.Notify != nil, waiting: waiting, discard: n.Flags&filterapi.Discarding != 0})
 	}
 }
 
@@ -196,11 +265,50 @@ func (w *world) touch(c *modelClient, p modelPermission, n int) {
 			t.Src = netip.AddrPortFrom(netip.MustParseAddr(modelServer), w.port)
 		}
 		if w.kernel.arrive(t) {
+			early := w.rand.IntN(2) == 0
+			if early {
+				w.established(t)
+			}
 			w.e.KernelUsed(flow.Packet{Tuple: t})
 			w.living = append(w.living, t)
+			if !early && w.rand.IntN(4) > 0 {
+				early = true
+				w.established(t)
+			}
+			w.owed[t] = p.notify && early && c.control != nil
 		}
 	}
 	change.Wait()
+}
+
+// opens notes that a call may open a bind.
+func (w *world) opens(p modelPermission) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.closed[p.tuple.Dst] = false
+}
+
+// mustBeClosed is a permission that the kernel holds, and that nobody has
+// opened yet; 0: there is none.
+func (w *world) mustBeClosed() uint64 {
+	w.kernel.mu.Lock()
+	defer w.kernel.mu.Unlock()
+	for id, p := range w.kernel.held {
+		if p.Direction == nat.Inbound && w.closed[p.External] {
+			return id
+		}
+	}
+	return 0
+}
+
+// established is conntrack's word, which comes only while somebody watches.
+func (w *world) established(t flow.Tuple) {
+	w.kernel.mu.Lock()
+	watched := w.kernel.watched > 0
+	w.kernel.mu.Unlock()
+	if watched {
+		w.e.KernelEstablished(t)
+	}
 }
 
 func (w *world) change(p modelPermission, n int) {
@@ -209,6 +317,12 @@ func (w *world) change(p modelPermission, n int) {
 		_ = p.action.Cancel() // any answer is right here
 	case n == 7:
 		p.bind.Kill()
+	case p.waiting && n == 8:
+		w.opens(p)
+		_ = p.bind.SetClientAddress(netip.AddrPortFrom(p.bind.Session().ClientAddr(), 5000))
+	case p.discard && n == 8:
+		w.opens(p)
+		_, _ = p.bind.Session().RetroactiveAllowBind(filterapi.AllowBind{Proto: flow.TCP, Address: p.tuple.Dst})
 	default:
 		_ = p.bind.SetIPFilter(filterapi.OnlyFrom(netip.MustParseAddr(modelServer))) // the same
 	}
@@ -227,14 +341,24 @@ func randomLives(t *testing.T, seed uint64) {
 	r := rand.New(rand.NewPCG(seed, 1))
 	k := &flakyKernel{rand: rand.New(rand.NewPCG(seed, 2)), held: map[uint64]nat.Permission{}, used: map[uint64]bool{}}
 	ports := nat.NewAllocator(nat.Range{Lo: 61000, Hi: 61200}, func(nat.Endpoint) bool { return false }, time.Now)
+	w := &world{t: t, kernel: k, rand: r, port: 1024, owed: map[flow.Tuple]bool{}, closed: map[netip.AddrPort]bool{}, heard: map[flow.Tuple]int{}}
 	p := attaching(&probe{})
 	p.events.Types |= filterapi.BindTCP | filterapi.Listen
+	attach := p.handle
+	p.handle = func(ev filterapi.Event) error {
+		if e, ok := ev.(*filterapi.EstablishedEvent); ok {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.heard[e.Connection.Tuple()]++
+		}
+		return attach(ev)
+	}
 	e, err := New(Config{Policy: testPolicy(t, policy.Allow), Filters: []filterapi.Filter{p}, Kernel: k, Routes: fakeRoutes{}, Ports: ports, Quota: 8, Log: zap.NewNop()})
 	if err != nil {
 		t.Error(err)
 		return
 	}
-	w := &world{t: t, e: e, kernel: k, rand: r, port: 1024}
+	w.e = e
 	for i := range 4 {
 		w.clients = append(w.clients, &modelClient{addr: netip.AddrFrom4([4]byte{10, 0, 0, byte(2 + i)})})
 	}
@@ -242,6 +366,10 @@ func randomLives(t *testing.T, seed uint64) {
 		w.step()
 		if r.IntN(8) == 0 {
 			time.Sleep(time.Duration(r.IntN(30)) * time.Millisecond) // permissions expire
+		}
+		if id := w.mustBeClosed(); id != 0 {
+			t.Errorf("seed %d: permission %d is open, and nobody has opened it", seed, id)
+			return
 		}
 		for _, tuple := range w.living {
 			if c := e.flows.find(tuple); c == nil || c.perm == nil {
@@ -261,6 +389,16 @@ func randomLives(t *testing.T, seed uint64) {
 	k.settle()
 	time.Sleep(lateReports + 2*enforceAgain) // in the test's own time
 	synctest.Wait()
+	for tuple, n := range w.heard {
+		if n != 1 {
+			t.Errorf("seed %d: %v was told to stand %d times", seed, tuple, n)
+		}
+	}
+	for tuple, owed := range w.owed {
+		if owed && w.heard[tuple] == 0 {
+			t.Errorf("seed %d: nobody heard that %v stands", seed, tuple)
+		}
+	}
 	if left := w.left(); left != "" {
 		t.Errorf("seed %d: at the end there is left: %s (the kernel refused %d times)", seed, left, k.fails)
 	}
@@ -269,19 +407,20 @@ func randomLives(t *testing.T, seed uint64) {
 func (w *world) left() string {
 	e := w.e
 	w.kernel.mu.Lock()
-	held := len(w.kernel.held)
+	held, watched := len(w.kernel.held), w.kernel.watched
 	w.kernel.mu.Unlock()
 	e.perms.mu.Lock()
-	listed, waiting := len(e.perms.byKey), len(e.perms.byClient)
+	listed, waiting := len(e.perms.byKey)+len(e.perms.vias), len(e.perms.byClient)
 	e.perms.mu.Unlock()
 	e.sessions.mu.Lock()
 	sessions := len(e.sessions.byAddr)
 	e.sessions.mu.Unlock()
 	leased := e.ports.Leased()
+	if watched != 0 {
+		return fmt.Sprintf("watched %d times", watched)
+	}
 	if held+listed+waiting+sessions+leased+len(e.Flows()) == 0 {
 		return ""
 	}
 	return fmt.Sprintf("kernel %d, listed %d, quota %d, sessions %d, ports %d, flows %d", held, listed, waiting, sessions, leased, len(e.Flows()))
 }
-
-func (*flakyKernel) WatchEstablished(bool) error { return nil }
