@@ -180,7 +180,7 @@ func activeLine(client netip.Addr, port uint16) string {
 
 // B18 for active FTP: reserved early, armed on the positive answer only, open
 // for the server alone and once, gone with the control connection.
-func TestFTPActiveArmedLate(t *testing.T) {
+func TestB18FTPActiveArmedLate(t *testing.T) {
 	t.Parallel()
 	l := lab.New(t)
 	server := scriptFTP(l)
@@ -234,7 +234,7 @@ func TestFTPActiveArmedLate(t *testing.T) {
 }
 
 // B60: commands in pieces and in one piece work; what is malformed does not.
-func TestFTPSegments(t *testing.T) {
+func TestB60FTPSegments(t *testing.T) {
 	t.Parallel()
 	l := lab.New(t)
 	server := scriptFTP(l)

@@ -217,20 +217,19 @@ func TestFTPAuthTLS(t *testing.T) {
 }
 
 // B60: what PORT and EPRT must not open.
-func TestFTPBounce(t *testing.T) {
-	t.Parallel()
-	l := lab.New(t)
-	ftp := l.Srv.VSFTPD()
-	g := l.Gateway(ftpConfig(""))
-	for srv, lines := range map[netip.Addr][]string{
-		lab.Srv4: {
-			"PORT 10,0,0,3,200,10", "PORT 203,0,113,11,200,10", "PORT 10,0,0,1,200,10", "PORT 127,0,0,1,200,10",
-			"PORT 10,0,0,2,0,22", "PORT 10,0,0,2,3,255", "PORT 266,0,0,2,200,10", "PORT 10,0,0,2,200,266", "PORT 10,0,0,2,200",
-			"EPRT |1|10.0.0.3|51210|", "EPRT |1|10.0.0.2|22|", "EPRT |2|fd00:a::2|51210|", "EPRT |1|10.0.0.2|99999|",
-		},
-		lab.Srv6: {"EPRT |2|fd00:a::3|51210|", "EPRT |2|fd00:a::2|22|", "EPRT |1|10.0.0.2|51210|", "EPRT |2|::1|51210|"},
-	} {
-		c := loginFTP(t, l.Client, srv)
+func TestB60FTPBounce(t *testing.T) {
+	eachFamily(t, func(t *testing.T, l *lab.Lab, f family) {
+		ftp := l.Srv.VSFTPD()
+		g := l.Gateway(ftpConfig(""))
+		lines := map[netip.Addr][]string{
+			lab.Srv4: {
+				"PORT 10,0,0,3,200,10", "PORT 203,0,113,11,200,10", "PORT 10,0,0,1,200,10", "PORT 127,0,0,1,200,10",
+				"PORT 10,0,0,2,0,22", "PORT 10,0,0,2,3,255", "PORT 266,0,0,2,200,10", "PORT 10,0,0,2,200,266", "PORT 10,0,0,2,200",
+				"EPRT |1|10.0.0.3|51210|", "EPRT |1|10.0.0.2|22|", "EPRT |2|fd00:a::2|51210|", "EPRT |1|10.0.0.2|99999|",
+			},
+			lab.Srv6: {"EPRT |2|fd00:a::3|51210|", "EPRT |2|fd00:a::2|22|", "EPRT |1|10.0.0.2|51210|", "EPRT |2|::1|51210|"},
+		}[f.srv]
+		c := loginFTP(t, l.Client, f.srv)
 		for _, line := range lines {
 			c.send(t, line)
 			if got := c.reply(t); !strings.HasPrefix(got, "5") {
@@ -238,49 +237,50 @@ func TestFTPBounce(t *testing.T) {
 			}
 		}
 		c.quit(t)
-	}
-	if n := ftp.Saw("PORT") + ftp.Saw("EPRT"); n != 0 {
-		t.Errorf("the server saw %d of them", n)
-	}
-	noPermissions(t, g)
+		if n := ftp.Saw("PORT") + ftp.Saw("EPRT"); n != 0 {
+			t.Errorf("the server saw %d of them", n)
+		}
+		noPermissions(t, g)
+	})
 }
 
 // B60: an HTTP request to port 21 that carries a PORT line opens nothing.
-func TestFTPSlipstream(t *testing.T) {
-	t.Parallel()
-	l := lab.New(t)
-	heard := make(chan string, 16)
-	l.Srv.ServeTCP(21, func(c *net.TCPConn) {
-		_, _ = c.Write([]byte("220 welcome\r\n"))
-		b := make([]byte, 4096)
-		for {
-			n, err := c.Read(b)
-			if err != nil {
-				close(heard)
-				return
+func TestB60FTPSlipstream(t *testing.T) {
+	eachFamily(t, func(t *testing.T, l *lab.Lab, f family) {
+		heard := make(chan string, 16)
+		l.Srv.ServeTCP(21, func(c *net.TCPConn) {
+			_, _ = c.Write([]byte("220 welcome\r\n"))
+			b := make([]byte, 4096)
+			for {
+				n, err := c.Read(b)
+				if err != nil {
+					close(heard)
+					return
+				}
+				heard <- string(b[:n])
+				_, _ = c.Write([]byte("200 PORT command successful\r\n"))
 			}
-			heard <- string(b[:n])
-			_, _ = c.Write([]byte("200 PORT command successful\r\n"))
+		})
+		g := l.Gateway(ftpConfig(""))
+		line := activeLine(f.client, 3306)
+		c := l.Client.MustDial("tcp", to(f.srv, 21).String(), 5*time.Second)
+		deadline(t, c, 10*time.Second)
+		mustWrite(t, c, "POST / HTTP/1.1\r\nHost: srv:21\r\nContent-Length: 1000\r\n\r\n")
+		_, _ = c.Write([]byte(line + "\r\n")) // may be cut by now
+		_, _ = c.Write([]byte(strings.Repeat("x", 500)))
+		readToEnd(c)
+		for said := range heard {
+			if strings.Contains(said, "203,0,113") || strings.Contains(said, line) {
+				t.Errorf("the server was told to connect: %q", said)
+			}
+		}
+		noPermissions(t, g)
+		for _, tracked := range l.GW.Conntrack() {
+			if tracked.Src.Addr() == f.srv {
+				t.Errorf("a connection from srv: %s", tracked.Line)
+			}
 		}
 	})
-	g := l.Gateway(ftpConfig(""))
-	c := l.Client.MustDial("tcp", netip.AddrPortFrom(lab.Srv4, 21).String(), 5*time.Second)
-	deadline(t, c, 10*time.Second)
-	mustWrite(t, c, "POST / HTTP/1.1\r\nHost: srv:21\r\nContent-Length: 1000\r\n\r\n")
-	_, _ = c.Write([]byte("PORT 10,0,0,2,12,234\r\n")) // may be cut by now
-	_, _ = c.Write([]byte(strings.Repeat("x", 500)))
-	readToEnd(c)
-	for line := range heard {
-		if strings.Contains(line, "203,0,113") {
-			t.Errorf("the server was told to connect: %q", line)
-		}
-	}
-	noPermissions(t, g)
-	for _, f := range l.GW.Conntrack() {
-		if f.Src.Addr() == lab.Srv4 {
-			t.Errorf("a connection from srv: %s", f.Line)
-		}
-	}
 }
 
 func readToEnd(c net.Conn) {
@@ -295,16 +295,14 @@ func readToEnd(c net.Conn) {
 // B18: a data connection's permission is for one connection, of one client, to
 // one address and port.
 func TestB18FTPExactAndOnce(t *testing.T) {
-	t.Parallel()
-	l := lab.New(t)
-	ftp := l.Srv.VSFTPD()
-	ftp.Put(l.Srv, "file", 1000)
-	seen, elsewhere := l.Srv.Capture(), l.Other.Capture()
-	g := l.Gateway(ftpConfig(""))
-	opened := map[netip.AddrPort]bool{}
-	for srv, other := range map[netip.Addr]netip.Addr{lab.Srv4: lab.Other4, lab.Srv6: lab.Other6} {
-		c := loginFTP(t, l.Client, srv)
-		data := c.passive(t, srv)
+	eachFamily(t, func(t *testing.T, l *lab.Lab, f family) {
+		ftp := l.Srv.VSFTPD()
+		ftp.Put(l.Srv, "file", 1000)
+		seen, elsewhere := l.Srv.Capture(), l.Other.Capture()
+		g := l.Gateway(ftpConfig(""))
+		opened := map[netip.AddrPort]bool{}
+		c := loginFTP(t, l.Client, f.srv)
+		data := c.passive(t, f.srv)
 		opened[data] = true
 		dropped := func(h *lab.Host, at netip.AddrPort) {
 			t.Helper()
@@ -313,8 +311,8 @@ func TestB18FTPExactAndOnce(t *testing.T) {
 			}
 		}
 		dropped(l.Client2, data)
-		dropped(l.Client, netip.AddrPortFrom(other, data.Port()))
-		dropped(l.Client, netip.AddrPortFrom(srv, data.Port()+1))
+		dropped(l.Client, to(f.other, int(data.Port())))
+		dropped(l.Client, next(data, 1))
 		d, err := l.Client.Dial(t.Context(), "tcp", data.String())
 		if err != nil {
 			t.Fatalf("the announced address: %v", err)
@@ -326,19 +324,19 @@ func TestB18FTPExactAndOnce(t *testing.T) {
 		c.want(t, "226")
 		_ = d.Close()
 		c.quit(t)
-	}
-	for _, s := range lab.Select(seen.Stop(), func(s lab.Seen) bool {
-		return s.TCP != nil && s.TCP.SYN && !s.TCP.ACK && !s.Out && s.Dst.Port() != 21
-	}) {
-		if !opened[s.Dst] {
-			t.Errorf("srv saw a SYN to %s that was not announced, or a second one", s.Dst)
+		for _, s := range lab.Select(seen.Stop(), func(s lab.Seen) bool {
+			return s.TCP != nil && s.TCP.SYN && !s.TCP.ACK && !s.Out && s.Dst.Port() != 21
+		}) {
+			if !opened[s.Dst] {
+				t.Errorf("srv saw a SYN to %s that was not announced, or a second one", s.Dst)
+			}
+			delete(opened, s.Dst)
 		}
-		delete(opened, s.Dst)
-	}
-	if n := len(lab.Select(elsewhere.Stop(), func(s lab.Seen) bool { return s.TCP != nil && !s.Out })); n != 0 {
-		t.Errorf("other saw %d packets", n)
-	}
-	noPermissions(t, g)
+		if n := len(lab.Select(elsewhere.Stop(), func(s lab.Seen) bool { return s.TCP != nil && !s.Out })); n != 0 {
+			t.Errorf("other saw %d packets", n)
+		}
+		noPermissions(t, g)
+	})
 }
 
 // A permission ends with its control connection.

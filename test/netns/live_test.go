@@ -129,21 +129,19 @@ func TestB54LiveNoKernelMode(t *testing.T) {
 // B46: a reload cuts what is now denied, kernel and user, idle or not, and
 // leaves alone what is still allowed.
 func TestB46ReloadCuts(t *testing.T) {
-	t.Parallel()
-	l := lab.New(t)
-	for _, port := range []int{7, 8, 9, 10} {
-		l.Srv.EchoTCP(port)
-	}
-	protocols := "  kernel: {tcp: 7}\n  user: {tcp: 8}\n  kept-kernel: {tcp: 9}\n  kept-user: {tcp: 10}\n"
-	rule := func(name, more string) string {
-		return "  - {name: " + name + ", action: allow, from: lan, to: wan, protocols: [" + name + "]" + more + "}\n"
-	}
-	kept := rule("kept-kernel", "") + rule("kept-user", ", no_kernel_mode: true")
-	g := l.Gateway(lab.Config{Protocols: protocols, Rules: kept + rule("kernel", "") + rule("user", ", no_kernel_mode: true")})
-	var denied, allowed []net.Conn
-	for _, srv := range []netip.Addr{lab.Srv4, lab.Srv6} {
+	eachFamily(t, func(t *testing.T, l *lab.Lab, f family) {
+		for _, port := range []int{7, 8, 9, 10} {
+			l.Srv.EchoTCP(port)
+		}
+		protocols := "  kernel: {tcp: 7}\n  user: {tcp: 8}\n  kept-kernel: {tcp: 9}\n  kept-user: {tcp: 10}\n"
+		rule := func(name, more string) string {
+			return "  - {name: " + name + ", action: allow, from: lan, to: wan, protocols: [" + name + "]" + more + "}\n"
+		}
+		kept := rule("kept-kernel", "") + rule("kept-user", ", no_kernel_mode: true")
+		g := l.Gateway(lab.Config{Protocols: protocols, Rules: kept + rule("kernel", "") + rule("user", ", no_kernel_mode: true")})
+		var denied, allowed []net.Conn
 		for port := uint16(7); port <= 10; port++ {
-			c := l.Client.MustDial("tcp", netip.AddrPortFrom(srv, port).String(), 5*time.Second)
+			c := l.Client.MustDial("tcp", to(f.srv, int(port)).String(), 5*time.Second)
 			echo(t, c, "alive")
 			if port <= 8 {
 				denied = append(denied, c)
@@ -151,59 +149,51 @@ func TestB46ReloadCuts(t *testing.T) {
 				allowed = append(allowed, c)
 			}
 		}
-	}
-	atSrv := l.Srv.Connections(7) + l.Srv.Connections(8)
-	g.Reload(lab.Config{Protocols: protocols, Rules: kept})
-	for _, c := range denied { // idle: nobody sends
-		deadline(t, c, 3*time.Second)
-		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
-			t.Errorf("%s > %s is now denied; the idle client reads %v, want a reset", c.LocalAddr(), c.RemoteAddr(), err)
+		atSrv := l.Srv.Connections(7) + l.Srv.Connections(8)
+		g.Reload(lab.Config{Protocols: protocols, Rules: kept})
+		for _, c := range denied { // idle: nobody sends
+			deadline(t, c, 3*time.Second)
+			if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("%s > %s is now denied; the idle client reads %v, want a reset", c.LocalAddr(), c.RemoteAddr(), err)
+			}
 		}
-	}
-	lab.Eventually(t, 3*time.Second, "the server's ends are reset too", func() bool {
-		return atSrv == 4 && l.Srv.Connections(7)+l.Srv.Connections(8) == 0
+		lab.Eventually(t, 3*time.Second, "the server's ends are reset too", func() bool {
+			return atSrv == 2 && l.Srv.Connections(7)+l.Srv.Connections(8) == 0
+		})
+		for _, c := range allowed {
+			echo(t, c, "still here")
+		}
 	})
-	for _, c := range allowed {
-		echo(t, c, "still here")
-	}
 }
 
 // D12, B55: without the daemon living kernel flows and new flows that the
 // kernel decides go on; what needs user space is dropped, unless its rule fails
 // open. A restart adopts what is there.
 func TestB55KilledDaemon(t *testing.T) {
-	t.Parallel()
-	l := lab.New(t)
-	for _, port := range []int{7, 8, 9} {
-		l.Srv.EchoTCP(port)
-	}
-	c := lab.Config{
-		Protocols: "  kernel: {tcp: 7}\n  closed: {tcp: 8}\n  open: {tcp: 9}\n",
-		Rules: "  - {name: kernel, action: allow, from: lan, to: wan, protocols: [kernel]}\n" +
-			"  - {name: closed, action: allow, from: lan, to: wan, protocols: [closed], no_kernel_mode: true}\n" +
-			"  - {name: open, action: allow, from: lan, to: wan, protocols: [open], no_kernel_mode: true, fail: open}\n",
-	}
-	g := l.Gateway(c)
-	var living []net.Conn
-	for _, srv := range []netip.Addr{lab.Srv4, lab.Srv6} {
-		k := l.Client.MustDial("tcp", netip.AddrPortFrom(srv, 7).String(), 5*time.Second)
-		echo(t, k, "before")
-		living = append(living, k)
-	}
-	g.Kill()
-	for i, srv := range []netip.Addr{lab.Srv4, lab.Srv6} {
-		echo(t, living[i], "after the daemon's death")
-		echo(t, l.Client.MustDial("tcp", netip.AddrPortFrom(srv, 7).String(), 5*time.Second), "new in the kernel")
-		echo(t, l.Client.MustDial("tcp", netip.AddrPortFrom(srv, 9).String(), 5*time.Second), "fail open")
-		if err := briefly(l.Client, netip.AddrPortFrom(srv, 8)); !timedOut(err) {
+	eachFamily(t, func(t *testing.T, l *lab.Lab, f family) {
+		for _, port := range []int{7, 8, 9} {
+			l.Srv.EchoTCP(port)
+		}
+		c := lab.Config{
+			Protocols: "  kernel: {tcp: 7}\n  closed: {tcp: 8}\n  open: {tcp: 9}\n",
+			Rules: "  - {name: kernel, action: allow, from: lan, to: wan, protocols: [kernel]}\n" +
+				"  - {name: closed, action: allow, from: lan, to: wan, protocols: [closed], no_kernel_mode: true}\n" +
+				"  - {name: open, action: allow, from: lan, to: wan, protocols: [open], no_kernel_mode: true, fail: open}\n",
+		}
+		g := l.Gateway(c)
+		living := l.Client.MustDial("tcp", to(f.srv, 7).String(), 5*time.Second)
+		echo(t, living, "before")
+		g.Kill()
+		echo(t, living, "after the daemon's death")
+		echo(t, l.Client.MustDial("tcp", to(f.srv, 7).String(), 5*time.Second), "new in the kernel")
+		echo(t, l.Client.MustDial("tcp", to(f.srv, 9).String(), 5*time.Second), "fail open")
+		if err := briefly(l.Client, to(f.srv, 8)); !timedOut(err) {
 			t.Errorf("a flow that needs user space: %v, want dropped", err)
 		}
-	}
-	l.Gateway(c)
-	for i, srv := range []netip.Addr{lab.Srv4, lab.Srv6} {
-		echo(t, living[i], "after the restart")
-		echo(t, l.Client.MustDial("tcp", netip.AddrPortFrom(srv, 8).String(), 5*time.Second), "user space is back")
-	}
+		l.Gateway(c)
+		echo(t, living, "after the restart")
+		echo(t, l.Client.MustDial("tcp", to(f.srv, 8).String(), 5*time.Second), "user space is back")
+	})
 }
 
 // B59: `gateway down` undoes everything; other tables are never touched.
@@ -337,30 +327,24 @@ func TestFlowLog(t *testing.T) {
 // B62: what runs on the gateway itself is protected by rules that name it, and
 // the gateway's own traffic works.
 func TestB62GatewayAsHost(t *testing.T) {
-	t.Parallel()
-	l := lab.New(t)
-	l.GW.EchoTCP(2200)
-	l.GW.EchoTCP(2201)
-	l.Srv.EchoTCP(7)
-	l.Gateway(lab.Config{
-		Protocols: "  admin: {tcp: 2200}\n  shut: {tcp: 2201}\n",
-		Rules:     "  - {name: admin, action: allow, from: lan, to: gateway, protocols: [admin, ping]}\n",
-	})
-	for _, inside := range []netip.Addr{lab.Inside4, lab.Inside6} {
-		echo(t, l.Client.MustDial("tcp", netip.AddrPortFrom(inside, 2200).String(), 5*time.Second), "the administrator")
-		if err := connect(l.Client, netip.AddrPortFrom(inside, 2201), 3*time.Second); !errors.Is(err, syscall.ECONNREFUSED) {
+	eachFamily(t, func(t *testing.T, l *lab.Lab, f family) {
+		l.GW.EchoTCP(2200)
+		l.GW.EchoTCP(2201)
+		l.Srv.EchoTCP(7)
+		l.Gateway(lab.Config{
+			Protocols: "  admin: {tcp: 2200}\n  shut: {tcp: 2201}\n",
+			Rules:     "  - {name: admin, action: allow, from: lan, to: gateway, protocols: [admin, ping]}\n",
+		})
+		echo(t, l.Client.MustDial("tcp", to(f.inside, 2200).String(), 5*time.Second), "the administrator")
+		if err := connect(l.Client, to(f.inside, 2201), 3*time.Second); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("a port of the gateway that no rule names: %v", err)
 		}
-		l.Client.Run("ping", "-c1", "-W5", inside.String())
-	}
-	for _, outside := range []netip.Addr{lab.Outside4, lab.Outside6} {
-		for _, port := range []uint16{2200, 2201} {
-			if err := briefly(l.Srv, netip.AddrPortFrom(outside, port)); !timedOut(err) {
+		l.Client.Run("ping", "-c1", "-W5", f.inside.String())
+		for _, port := range []int{2200, 2201} {
+			if err := briefly(l.Srv, to(f.outside, port)); !timedOut(err) {
 				t.Errorf("the gateway's port %d from outside: %v, want silence", port, err)
 			}
 		}
-	}
-	for _, srv := range []netip.Addr{lab.Srv4, lab.Srv6} {
-		echo(t, l.GW.MustDial("tcp", netip.AddrPortFrom(srv, 7).String(), 5*time.Second), "the gateway's own")
-	}
+		echo(t, l.GW.MustDial("tcp", to(f.srv, 7).String(), 5*time.Second), "the gateway's own")
+	})
 }

@@ -152,53 +152,49 @@ func TestB42UndefinedProtocol(t *testing.T) {
 
 // B44: the first rule that matches decides.
 func TestB44RuleOrder(t *testing.T) {
-	t.Parallel()
-	l := lab.New(t)
-	l.Srv.EchoTCP(7)
-	deny := "  - {name: not-srv, action: deny, from: lan, to: server, protocols: [echo]}\n"
-	c := lab.Config{
-		Protocols: echoProtocol, Rules: allowEcho + deny,
-		Networks: "  server: {interfaces: [wan0], prefixes: [203.0.113.10/32, '2001:db8:b::10/128']}\n",
-	}
-	g := l.Gateway(c)
-	ask := func(t *testing.T, want error) {
-		t.Helper()
-		for _, srv := range []netip.Addr{lab.Srv4, lab.Srv6} {
-			if err := connect(l.Client, netip.AddrPortFrom(srv, 7), 3*time.Second); !errors.Is(err, want) {
-				t.Errorf("connect to %s: %v, want %v", srv, err, want)
+	eachFamily(t, func(t *testing.T, l *lab.Lab, f family) {
+		l.Srv.EchoTCP(7)
+		deny := "  - {name: not-srv, action: deny, from: lan, to: server, protocols: [echo]}\n"
+		c := lab.Config{
+			Protocols: echoProtocol, Rules: allowEcho + deny,
+			Networks: "  server: {interfaces: [wan0], prefixes: [203.0.113.10/32, '2001:db8:b::10/128']}\n",
+		}
+		g := l.Gateway(c)
+		ask := func(t *testing.T, want error) {
+			t.Helper()
+			if err := connect(l.Client, to(f.srv, 7), 3*time.Second); !errors.Is(err, want) {
+				t.Errorf("connect to %s: %v, want %v", f.srv, err, want)
 			}
 		}
-	}
-	ask(t, nil)
-	c.Rules = deny + allowEcho
-	g.Reload(c)
-	ask(t, syscall.ECONNREFUSED)
-	c.Rules = allowEcho + deny
-	g.Reload(c)
-	ask(t, nil)
+		ask(t, nil)
+		c.Rules = deny + allowEcho
+		g.Reload(c)
+		ask(t, syscall.ECONNREFUSED)
+		c.Rules = allowEcho + deny
+		g.Reload(c)
+		ask(t, nil)
+	})
 }
 
 // B44: without a network rule nothing passes between two networks.
 func TestB44NoNetworkRule(t *testing.T) {
-	t.Parallel()
-	l := lab.New(t)
-	seen := l.Srv.Capture()
-	l.Srv.EchoTCP(7)
-	g := l.Gateway(lab.Config{
-		Protocols: echoProtocol, Rules: allowEcho,
-		NetworkRules: "  - {name: elsewhere, from: lan, to: lan, relation: route}\n",
-	})
-	for _, srv := range []netip.Addr{lab.Srv4, lab.Srv6} {
-		if err := briefly(l.Client, netip.AddrPortFrom(srv, 7)); err == nil {
-			t.Errorf("%s: passed without a network rule", srv)
+	eachFamily(t, func(t *testing.T, l *lab.Lab, f family) {
+		seen := l.Srv.Capture()
+		l.Srv.EchoTCP(7)
+		g := l.Gateway(lab.Config{
+			Protocols: echoProtocol, Rules: allowEcho,
+			NetworkRules: "  - {name: elsewhere, from: lan, to: lan, relation: route}\n",
+		})
+		if err := briefly(l.Client, to(f.srv, 7)); err == nil {
+			t.Errorf("%s: passed without a network rule", f.srv)
 		}
-	}
-	g.AwaitRecord("flow", 3*time.Second, func(r lab.Record) bool {
-		return r.Text("result") == "denied" && strings.Contains(strings.ToLower(r.Text("reason")), "network")
+		g.AwaitRecord("flow", 3*time.Second, func(r lab.Record) bool {
+			return r.Text("result") == "denied" && strings.Contains(strings.ToLower(r.Text("reason")), "network")
+		})
+		if n := len(lab.Select(seen.Stop(), func(s lab.Seen) bool { return !s.Out && s.Dst.Port() == 7 })); n != 0 {
+			t.Errorf("srv saw %d packets", n)
+		}
 	})
-	if n := len(lab.Select(seen.Stop(), func(s lab.Seen) bool { return !s.Out && s.Dst.Port() == 7 })); n != 0 {
-		t.Errorf("srv saw %d packets", n)
-	}
 }
 
 // B57: a broken configuration is refused with file, line and reason, at start,

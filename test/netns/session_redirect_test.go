@@ -1,7 +1,6 @@
 package netns_test
 
 import (
-	"context"
 	"fmt"
 	"net"
 	"net/netip"
@@ -145,15 +144,7 @@ func TestB03RetransmittedSYN(t *testing.T) {
 		at, _ := s.redirect(s.connect(), lab.ProbeArgs{})
 		s.Srv.Run("nft", "add table inet slow; add chain inet slow in { type filter hook input priority 0; }; add rule inet slow in tcp dport 2100 drop")
 		seen := s.Srv.Capture()
-		ctx, cancel := context.WithTimeout(s.t.Context(), lab.Patience(20*time.Second))
-		defer cancel()
-		result := make(chan net.Conn, 1)
-		go func() {
-			defer close(result)
-			if c, err := s.Client.Dial(ctx, "tcp", at.String()); err == nil {
-				result <- c
-			}
-		}()
+		result := dialling(s, s.Client, at)
 		lab.Eventually(s.t, 10*time.Second, "srv sees the SYN again", func() bool {
 			return len(lab.Select(seen.Peek(), lab.SYN(to(s.srv, 2100)))) >= 2
 		})

@@ -1,7 +1,6 @@
 package netns_test
 
 import (
-	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -109,35 +108,27 @@ func TestB53Unreachable(t *testing.T) {
 // B53, retransmission: the client's SYN is sent again while its dial goes on;
 // there is one connection at the server, and it works.
 func TestB53RetransmittedSYN(t *testing.T) {
-	t.Parallel()
-	l := lab.New(t)
-	l.Srv.Run("nft", "add table inet slow; add chain inet slow in { type filter hook input priority 0; }; add rule inet slow in tcp dport 7 drop")
-	peers := l.Srv.EchoTCP(7)
-	inside := l.Client.Capture()
-	l.Gateway(userConfig())
-	at := netip.AddrPortFrom(lab.Srv4, 7)
-	ctx, cancel := context.WithTimeout(t.Context(), lab.Patience(20*time.Second))
-	defer cancel()
-	result := make(chan net.Conn, 1)
-	go func() {
-		defer close(result)
-		if c, err := l.Client.Dial(ctx, "tcp", at.String()); err == nil {
-			result <- c
+	eachFamily(t, func(t *testing.T, l *lab.Lab, f family) {
+		l.Srv.Run("nft", "add table inet slow; add chain inet slow in { type filter hook input priority 0; }; add rule inet slow in tcp dport 7 drop")
+		peers := l.Srv.EchoTCP(7)
+		inside := l.Client.Capture()
+		s := play(t, l, f, userConfig())
+		at := to(f.srv, 7)
+		result := dialling(s, l.Client, at)
+		lab.Eventually(t, 10*time.Second, "the client sends its SYN again", func() bool {
+			return len(lab.Select(inside.Peek(), lab.SYN(at))) >= 2
+		})
+		l.Srv.Run("nft", "delete", "table", "inet", "slow")
+		c, ok := <-result
+		if !ok {
+			t.Fatal("no connection")
 		}
-	}()
-	lab.Eventually(t, 10*time.Second, "the client sends its SYN again", func() bool {
-		return len(lab.Select(inside.Peek(), lab.SYN(at))) >= 2
+		defer c.Close()
+		echo(t, c, "hello")
+		if n := len(peers.Addrs()); n != 1 {
+			t.Errorf("the server has seen %d connections, want 1", n)
+		}
 	})
-	l.Srv.Run("nft", "delete", "table", "inet", "slow")
-	c, ok := <-result
-	if !ok {
-		t.Fatal("no connection")
-	}
-	defer c.Close()
-	echo(t, c, "hello")
-	if n := len(peers.Addrs()); n != 1 {
-		t.Errorf("the server has seen %d connections, want 1", n)
-	}
 }
 
 // B38: a half-close and a reset pass.
@@ -202,55 +193,55 @@ func mustWrite(t testing.TB, c io.Writer, text string) {
 // B39: a slow reader holds its sender back; memory stays bounded, nothing is
 // lost.
 func TestB39BackPressure(t *testing.T) {
-	t.Parallel()
-	l := lab.New(t)
-	const total = 64 << 20
-	for _, h := range []*lab.Host{l.Client, l.GW, l.Srv} { // the machine's own bound may be above all of it
-		h.Run("sysctl", "-qw", "net.ipv4.tcp_rmem=4096 131072 4194304")
-	}
-	body, want := lab.Content(total)
-	sent := make(chan int, 1)
-	l.Srv.ServeTCP(7, func(c *net.TCPConn) {
-		for n := 0; n < total; n += 1 << 20 {
-			if _, err := c.Write(body[n : n+1<<20]); err != nil {
-				return
+	eachFamily(t, func(t *testing.T, l *lab.Lab, f family) {
+		const total = 64 << 20
+		for _, h := range []*lab.Host{l.Client, l.GW, l.Srv} { // the machine's own bound may be above all of it
+			h.Run("sysctl", "-qw", "net.ipv4.tcp_rmem=4096 131072 4194304")
+		}
+		body, want := lab.Content(total)
+		sent := make(chan int, 1)
+		l.Srv.ServeTCP(7, func(c *net.TCPConn) {
+			for n := 0; n < total; n += 1 << 20 {
+				if _, err := c.Write(body[n : n+1<<20]); err != nil {
+					return
+				}
+				select {
+				case <-sent:
+				default:
+				}
+				sent <- n
 			}
+			_ = c.CloseWrite()
+			_, _ = io.Copy(io.Discard, c)
+		})
+		g := l.Gateway(userConfig())
+		c := l.Client.MustDial("tcp", to(f.srv, 7).String(), 5*time.Second)
+		deadline(t, c, 60*time.Second)
+		sum := sha256.New()
+		if _, err := io.CopyN(sum, c, 1<<20); err != nil {
+			t.Fatal(err)
+		}
+		last, quiet := -1, lab.Patience(1500*time.Millisecond)
+		for waiting := true; waiting; { // until the sender stands
 			select {
-			case <-sent:
-			default:
+			case last = <-sent:
+			case <-time.After(quiet):
+				waiting = false
 			}
-			sent <- n
 		}
-		_ = c.CloseWrite()
-		_, _ = io.Copy(io.Discard, c)
+		if last > total/2 {
+			t.Errorf("%d bytes went into buffers while nobody read", last)
+		}
+		if rss, err := g.RSS(); err != nil || rss > 128<<20 {
+			t.Errorf("the daemon has %d bytes, %v", rss, err)
+		}
+		if _, err := io.Copy(sum, c); err != nil {
+			t.Fatal(err)
+		}
+		if got := fmt.Sprintf("%x", sum.Sum(nil)); got != want {
+			t.Error("another hash")
+		}
 	})
-	g := l.Gateway(userConfig())
-	c := l.Client.MustDial("tcp", netip.AddrPortFrom(lab.Srv4, 7).String(), 5*time.Second)
-	deadline(t, c, 60*time.Second)
-	sum := sha256.New()
-	if _, err := io.CopyN(sum, c, 1<<20); err != nil {
-		t.Fatal(err)
-	}
-	last, quiet := -1, lab.Patience(1500*time.Millisecond)
-	for waiting := true; waiting; { // until the sender stands
-		select {
-		case last = <-sent:
-		case <-time.After(quiet):
-			waiting = false
-		}
-	}
-	if last > total/2 {
-		t.Errorf("%d bytes went into buffers while nobody read", last)
-	}
-	if rss, err := g.RSS(); err != nil || rss > 128<<20 {
-		t.Errorf("the daemon has %d bytes, %v", rss, err)
-	}
-	if _, err := io.Copy(sum, c); err != nil {
-		t.Fatal(err)
-	}
-	if got := fmt.Sprintf("%x", sum.Sum(nil)); got != want {
-		t.Error("another hash")
-	}
 }
 
 // UDP in user space: one client socket, many peers, each answers from its own
