@@ -98,8 +98,7 @@ var onConns = map[string]func(*Filter, filterapi.Connection, args, *reply) error
 			return err
 		}
 		out.Addr = name.String()
-		peer, err := c.ExternalPeer()
-		out.Text = text(peer, err)
+		out.Text = text(c.ExternalPeer())
 		return nil
 	},
 	"client-address": func(_ *Filter, c filterapi.Connection, a args, _ *reply) error {

@@ -101,6 +101,37 @@ func emulated(s *scene, bind uint64) {
 	s.answers("ConnectionRefused", "emulate-connection", lab.ProbeArgs{Conn: bind, Remote: to(s.srv, 5555).String(), Local: to(s.client, 4999).String()})
 }
 
+// B61: a bind of a filter's own raises the events and opens nothing; the name
+// that it is given is what the binder is told.
+func TestB61EmulateClientBind(t *testing.T) {
+	eachBound(t, func(s *scene, e primary) {
+		name := to(s.spare, 6000)
+		ask := lab.ProbeArgs{
+			Session: e.Session, Proto: "tcp", Protocol: "probed", Local: to(s.client, 4000).String(), External: name.String(), On: true,
+		}
+		r := s.p.Must("emulated-bind", ask)
+		if r.Addr != name.String() || len(r.Flags) != 1 {
+			s.t.Errorf("the bind is named %s, flags %v", r.Addr, r.Flags)
+		}
+		for _, kind := range []string{"BindTCP", "Listen"} {
+			if x := s.p.Await(3*time.Second, func(x lab.ProbeEvent) bool { return x.Kind == kind }); x.Dst != name.String() || x.Flags != 1 {
+				s.t.Errorf("%s: %+v", kind, x)
+			}
+		}
+		s.silent(s.Srv, name, "nothing is open")
+		s.p.Must("socket-name", lab.ProbeArgs{Conn: r.Conn, Name: next(name, 1).String()})
+		if now := s.p.Must("names", lab.ProbeArgs{Conn: r.Conn}).Addr; now != next(name, 1).String() {
+			s.t.Errorf("renamed, it is named %s", now)
+		}
+		s.answers("AlreadyExists", "socket-name", lab.ProbeArgs{Conn: r.Conn, Name: next(name, 2).String()})
+		emulated(s, r.Conn)
+		s.on("BindTCP", "deny")
+		if r := s.p.Ask("emulated-bind", ask); r.Error != "PolicyDenied" {
+			s.t.Errorf("denied: %q", r.Error)
+		}
+	})
+}
+
 // B61: the name of an emulated bind can be said once, and by its filter.
 func TestB61SetSocketName(t *testing.T) {
 	eachBound(t, func(s *scene, e primary) {
