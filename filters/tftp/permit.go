@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -25,7 +26,11 @@ const maxWaiting = 8
 type waiting struct {
 	message string
 	bind    filterapi.Connection
+	since   time.Time // when its time began
 }
+
+// over says that nothing can come of the permission any more.
+func (w waiting) over() bool { return time.Since(w.since) > filterapi.DefaultTimeout }
 
 // permit lets the answer to a request in, once, and returns when it may come.
 // Asked again, it starts the time of a permission that still waits anew.
@@ -48,7 +53,7 @@ func (r *requests) permit(req request, message string) error {
 	if err != nil {
 		return fmt.Errorf("let the answer in: %w", err)
 	}
-	r.add(waiting{message, binds[0]})
+	r.add(waiting{message, binds[0], time.Now()})
 	r.log.Info("transfer permitted", append([]zap.Field{zap.Stringer("flow", r.conn.Tuple())}, fieldsOf(req)...)...)
 	return nil
 }
@@ -67,12 +72,18 @@ func (r *requests) again(message string) (bool, error) {
 		return false, nil
 	}
 	err := bind.SetIPFilter(filterapi.OnlyFrom(r.server.Addr()))
+	r.mu.Lock()
+	if i = slices.IndexFunc(r.waiting, func(w waiting) bool { return w.bind == bind }); i >= 0 {
+		if err == nil {
+			r.waiting[i].since = time.Now()
+		} else {
+			r.waiting = slices.Delete(r.waiting, i, i+1)
+		}
+	}
+	r.mu.Unlock()
 	if err == nil {
 		return true, nil
 	}
-	r.mu.Lock()
-	r.waiting = slices.DeleteFunc(r.waiting, func(w waiting) bool { return w.bind == bind })
-	r.mu.Unlock()
 	if errors.Is(err, filterapi.ErrTerminating) {
 		return false, nil
 	}
@@ -80,11 +91,12 @@ func (r *requests) again(message string) (bool, error) {
 	return false, fmt.Errorf("let the answer in again: %w", err)
 }
 
-// add notes a request, and gives up the oldest one where there are too many.
+// add notes a request, forgets those whose time is over, and gives up the oldest
+// one where there are too many.
 func (r *requests) add(w waiting) {
 	var oldest filterapi.Connection
 	r.mu.Lock()
-	r.waiting = append(r.waiting, w)
+	r.waiting = append(slices.DeleteFunc(r.waiting, waiting.over), w)
 	if len(r.waiting) > maxWaiting {
 		oldest = r.waiting[0].bind
 		r.waiting = slices.Delete(r.waiting, 0, 1)

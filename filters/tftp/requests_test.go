@@ -162,6 +162,20 @@ func TestExpiry(t *testing.T) {
 	})
 }
 
+// A client that asks now and then from one port leaves nothing behind.
+func TestForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &requests{}
+		for range 3 {
+			r.add(waiting{message: getFile, since: time.Now()})
+			time.Sleep(filterapi.DefaultTimeout - time.Second)
+		}
+		if len(r.waiting) != 2 {
+			t.Errorf("%d are kept, want 2", len(r.waiting))
+		}
+	})
+}
+
 func TestInstallFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g, fl := setup(t, "")
