@@ -1,36 +1,33 @@
 package filtertest_test
 
 import (
-	"bytes"
 	"context"
-	"errors"
-	"io"
+	"fmt"
 	"net/netip"
 	"strconv"
+	"strings"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
 )
 
-// tutorial: filter
+// Exec is a filter for rexec (512/tcp), whose client begins with the port that
+// the server shall connect back to for the error output: "4321\0".
+type Exec struct{}
 
-// Rendezvous is a filter for a protocol whose server says "DATA <port>" on a
-// line of its own when the client shall open a second connection.
-type Rendezvous struct{}
-
-func (Rendezvous) Name() string { return "rendezvous" }
-func (Rendezvous) Shutdown()    {}
-func (Rendezvous) Init(filterapi.Firewall) (filterapi.Events, error) {
+func (Exec) Name() string { return "rexec" }
+func (Exec) Shutdown()    {}
+func (Exec) Init(filterapi.Firewall) (filterapi.Events, error) {
 	return filterapi.Events{Types: filterapi.ConnectTCP}, nil
 }
-func (Rendezvous) AttachToSession(s filterapi.Session) (filterapi.SessionFilter, filterapi.Events, error) {
-	return inSession{s}, filterapi.Events{Types: filterapi.ConnectTCP}, nil
+func (Exec) AttachToSession(s filterapi.Session) (filterapi.SessionFilter, filterapi.Events, error) {
+	return execSession{s}, filterapi.Events{Types: filterapi.ConnectTCP}, nil
 }
 
-type inSession struct{ session filterapi.Session }
+type execSession struct{ session filterapi.Session }
 
-func (inSession) Detach() {}
-func (s inSession) HandleEvent(_ context.Context, ev filterapi.Event) error {
+func (execSession) Detach() {}
+func (s execSession) HandleEvent(_ context.Context, ev filterapi.Event) error {
 	connect, ok := ev.(*filterapi.ConnectEvent)
 	if !ok {
 		return filterapi.ErrNotSupported
@@ -38,60 +35,39 @@ func (s inSession) HandleEvent(_ context.Context, ev filterapi.Event) error {
 	return connect.Connection.AttachDataFilter(s, filterapi.PriorityNAT)
 }
 
-func (s inSession) Pump(_ context.Context, c filterapi.Connection, internal, external filterapi.Socket) error {
-	up := make(chan error, 1)
-	go func() { up <- relay(internal, external, func(line []byte) error { return nil }) }()
-	var last filterapi.Action
-	err := relay(external, internal, func(line []byte) error {
-		digits, ok := bytes.CutPrefix(bytes.TrimSpace(line), []byte("DATA "))
-		port, bad := strconv.ParseUint(string(digits), 10, 16)
-		if !ok || bad != nil || port < 1024 {
-			return nil // not announced, or nothing that may be opened
-		}
-		if last != nil {
-			_ = last.Cancel() // an error says that it was used
-		}
-		var err error
-		last, err = s.session.AllowFutureConnect(filterapi.FutureConnect{Negotiated: filterapi.Negotiated{Primary: c, Proto: flow.TCP, Flags: filterapi.Timeout}, Target: netip.AddrPortFrom(c.Tuple().Dst.Addr(), uint16(port))})
-		return err // the line leaves when this has returned
-	})
-	err = errors.Join(err, <-up)
-	if last != nil {
-		_ = last.Cancel()
-	}
-	return err
-}
-
-// relay passes whole lines on, each after look has seen it, until the end.
-func relay(from, to filterapi.Socket, look func(line []byte) error) (err error) {
-	defer func() {
-		if err != nil { // wakes the other direction
-			_ = errors.Join(from.Close(true), to.Close(true))
-		}
-	}()
-	var held []byte
-	for {
-		buf, err := from.Recv()
-		if err == io.EOF {
-			return to.Shutdown(false)
-		} else if err != nil {
+// Pump opens the port at the gateway, for the server alone, and says that one.
+func (s execSession) Pump(_ context.Context, c filterapi.Connection, internal, external filterapi.Socket) error {
+	in, out := filterapi.NewStream(internal), filterapi.NewStream(external)
+	text, b := "", []byte{1}
+	for b[0] != 0 && len(text) < 6 {
+		if _, err := in.Read(b); err != nil {
 			return err
 		}
-		held = append(held, buf.Data...)
-		buf.Release()
-		for end := bytes.IndexByte(held, '\n') + 1; end > 0; end = bytes.IndexByte(held, '\n') + 1 {
-			if err := look(held[:end]); err != nil {
-				return err
-			}
-			if err := to.Send(filterapi.NewBuffer(bytes.Clone(held[:end]), nil)); err != nil {
-				return err
-			}
-			held = held[end:]
+		text += string(b)
+	}
+	port, err := strconv.ParseUint(strings.TrimSuffix(text, "\x00"), 10, 16)
+	if err != nil || b[0] != 0 || port != 0 && port < 1024 { // services listen below
+		return fmt.Errorf("not a port to connect back to: %q", text)
+	}
+	if port != 0 {
+		binds, err := s.session.BindForClient(filterapi.Bind{
+			Negotiated: filterapi.Negotiated{Primary: c, Proto: flow.TCP, Flags: filterapi.Timeout},
+			Clients:    []netip.AddrPort{netip.AddrPortFrom(c.Tuple().Src.Addr(), uint16(port))},
+			IPFilter:   filterapi.OnlyFrom(c.Tuple().Dst.Addr()),
+		})
+		if err != nil {
+			return err
 		}
-		if len(held) > 512 {
-			return errors.New("line of more than 512 bytes")
+		name, _ := binds[0].ExternalName() // a bind has one
+		port = uint64(name.Port())
+	}
+	if _, err := fmt.Fprintf(out, "%d\x00", port); err != nil {
+		return err
+	}
+	if rest := in.Take(); rest != nil {
+		if err := external.Send(rest); err != nil {
+			return err
 		}
 	}
+	return filterapi.ErrReleased // the kernel carries what follows
 }
-
-// tutorial: end
