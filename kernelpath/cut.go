@@ -80,7 +80,7 @@ func (c *Cutter) Close() error { return errors.Join(c.entries.close(), c.probes.
 // translation. When it returns, no packet of them is carried any more and the
 // ends of TCP have been probed; Run does the rest. A flow that is gone, or
 // that the gateway does not carry, is no error. On error the flows that could
-// be cut are.
+// be cut are. One that was cut before is left to its end.
 func (c *Cutter) Cut(ctx context.Context, tuples ...flow.Tuple) error {
 	var errs []error
 	var marked []cutFlow
@@ -123,7 +123,7 @@ func (c *Cutter) Cut(ctx context.Context, tuples ...flow.Tuple) error {
 // nothing to cut. The status comes back as it is after the change.
 func (c *Cutter) mark(t flow.Tuple) (KernelFlow, bool, error) {
 	const attempts = 4
-	for range attempts {
+	for i := range attempts {
 		f, ok, err := c.entries.entry(t)
 		if !ok || err != nil {
 			return f, false, err
@@ -132,7 +132,10 @@ func (c *Cutter) mark(t flow.Tuple) (KernelFlow, bool, error) {
 			return f, false, nil
 		}
 		if c.cfg.Marks.IsCut(f.Mark) {
-			return f, true, nil
+			// Marked here, or before and on its way to its end. A second end
+			// would hit whatever flow has the same tuple by then: the kernel
+			// gives the same ID to an entry of the same tuple in the same place.
+			return f, i > 0, nil
 		}
 		attrs := appendTupleAttr(nil, t)
 		attrs = appendAttr32(attrs, ctaMark, c.cfg.Marks.CutValue(c.cfg.Marks.Path(f.Mark)))
