@@ -54,6 +54,7 @@ type connection struct {
 	peer      netip.AddrPort
 	named     bool // a filter has set name
 	ended     bool
+	severed   bool          // cut, and known to its permission
 	stands    bool          // it is established from end to end
 	announced chan struct{} // closed when a filter has heard of that; nil: none hears
 	hearers   []hearer
@@ -228,6 +229,8 @@ func (c *connection) Kill() {
 	case path == flow.Kernel:
 		if err := c.e.cutKernel(context.Background(), c); err != nil {
 			c.e.log.Error("cut failed", zap.Stringer("flow", c.tuple), zap.Error(err))
+			return
 		}
+		c.e.sever(c)
 	}
 }

@@ -50,6 +50,7 @@ type permission struct {
 	state      permState
 	late       bool                     // void a moment ago: the kernel's word of earlier flows counts
 	flows      int                      // living flows that it let in
+	severed    int                      // those that were cut
 	unsettled  int                      // those that are not established yet
 	early      map[flow.Tuple]time.Time // established, and not known yet
 	filter     *filterapi.IPFilter
@@ -156,6 +157,8 @@ func (p *permission) wanted() (inKernel, nat.Permission) {
 	case p.Via.IsValid():
 		out.Client = netip.AddrPort{} // and others are still told no
 		return holdsTranslation, out
+	case p.flows <= p.severed:
+		return holdsNothing, out
 	case p.Source.IsValid() && p.state == permUsed:
 		return holdsWhatItHas, out
 	}

@@ -184,10 +184,38 @@ func (e *Engine) end(p *permission) bool {
 	return true
 }
 
+// sever notes that a client's flow has been cut, which is some time before its
+// end: no packet of it needs a translation any more, and another flow to the
+// same target may leave from another address at once.
+func (e *Engine) sever(c *connection) {
+	p := c.perm
+	if p == nil || p.inbound() {
+		return
+	}
+	c.mu.Lock()
+	again := c.severed || c.ended
+	c.severed = true
+	c.mu.Unlock()
+	if again {
+		return
+	}
+	p.mu.Lock()
+	p.severed++
+	p.mu.Unlock()
+	_ = e.enforce(p) // it logs
+}
+
 // settle notes the end of a flow that a permission let in.
 func (e *Engine) settle(c *connection) {
 	c.mu.Lock()
 	stood := c.stands // it has ended: that stays
+	if c.severed {
+		defer func() {
+			c.perm.mu.Lock()
+			c.perm.severed--
+			c.perm.mu.Unlock()
+		}()
+	}
 	c.mu.Unlock()
 	e.unuse(c.perm, stood)
 }

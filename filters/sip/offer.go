@@ -172,7 +172,7 @@ func (s *session) answerOf(c *channel, call *call, o *offer, m *message) {
 		case i >= len(o.lines):
 			why = "nobody offered it"
 		case o.outward:
-			st, why = s.answerTheirs(c, o.lines[i], d, line)
+			st, why = s.answerTheirs(c, call, i, o.lines[i], d, line)
 		default:
 			st, why = s.answerMine(c, call, i, o.lines[i], d, line)
 		}
@@ -192,6 +192,14 @@ func (s *session) answerOf(c *channel, call *call, o *offer, m *message) {
 	m.setBody(d.bytes())
 }
 
+// replace releases the stream of a media line if it is another one.
+func (s *session) replace(call *call, i int, st *stream) {
+	if i < len(call.streams) && call.streams[i] != st {
+		s.release(call.streams[i])
+		call.streams[i] = nil
+	}
+}
+
 // place makes a stream that of a media line, in the place of another.
 func (s *session) place(call *call, i int, st *stream) {
 	for len(call.streams) <= i {
@@ -203,8 +211,9 @@ func (s *session) place(call *call, i int, st *stream) {
 	}
 }
 
-// answerTheirs connects the client's stream with what the far end answers.
-func (s *session) answerTheirs(c *channel, l offered, d *description, line *mediaLine) (st *stream, why string) {
+// answerTheirs connects the client's stream with what the far end answers. The
+// one whose place it takes is over: two cannot lead to the same far end.
+func (s *session) answerTheirs(c *channel, call *call, i int, l offered, d *description, line *mediaLine) (st *stream, why string) {
 	if l.stream == nil || l.stream.gone {
 		if _, why := s.theirs(c, d, line); why != "" {
 			return nil, why
@@ -218,6 +227,7 @@ func (s *session) answerTheirs(c *channel, l offered, d *description, line *medi
 	case e.rtp.Addr().IsUnspecified():
 		return l.stream, ""
 	}
+	s.replace(call, i, l.stream)
 	if err := s.connect(c, l.stream, e); err != nil {
 		return nil, fmt.Sprintf("it cannot be opened: %v", err)
 	}
@@ -238,6 +248,7 @@ func (s *session) answerMine(c *channel, call *call, i int, l offered, d *descri
 		return nil, fmt.Sprintf("it cannot be opened: %v", err)
 	}
 	if st != nil && !l.held {
+		s.replace(call, i, st)
 		if err := s.connect(c, st, l.far); err != nil {
 			s.release(st)
 			return nil, fmt.Sprintf("it cannot be opened: %v", err)
