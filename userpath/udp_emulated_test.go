@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net/netip"
 	"strings"
 	"sync/atomic"
@@ -308,7 +307,7 @@ func TestUDPPeersOfABind(t *testing.T) {
 						t.Errorf("the client saw %s, want %s", got.from, peer)
 					}
 					<-filter.came
-					l.u.find(udpKey{peer, netip.MustParseAddrPort(a.client)}).last.Store(math.MinInt64) // idle for long
+					l.forget(peer.String(), a.client)
 					select {
 					case err := <-filter.gone:
 						if !errors.Is(err, context.Canceled) {

@@ -2,6 +2,7 @@ package userpath
 
 import (
 	"bytes"
+	"math"
 	"net"
 	"net/netip"
 	"sync/atomic"
@@ -76,6 +77,16 @@ func (l *udpLab) request(q udpRequest) *udpFake {
 		l.Fatalf("take over %s: path %s, %v", q.tuple, p, <-f.ended)
 	}
 	return f
+}
+
+// forget lets a flow look as if it had been idle for long.
+func (l *udpLab) forget(src, dst string) {
+	l.Helper()
+	f := l.u.find(udpKey{netip.MustParseAddrPort(src), netip.MustParseAddrPort(dst)})
+	if f == nil {
+		l.Fatalf("%s > %s has ended", src, dst)
+	}
+	f.last.Store(math.MinInt64)
 }
 
 // ask sends a datagram and wants the same bytes back, from the same address.

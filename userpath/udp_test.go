@@ -111,7 +111,7 @@ func udpPattern(size int) []byte {
 
 func TestUDPClosedPortIsRefused(t *testing.T) {
 	udpInLab(t, func(l *udpLab) {
-		l.start(UDPConfig{PeerIdle: 500 * time.Millisecond})
+		l.start(UDPConfig{})
 		for _, p := range udpPaths() {
 			to := p.servers[0][:len(p.servers[0])-1] + "99"
 			f := l.take(p.client, to, p.source)
@@ -123,6 +123,7 @@ func TestUDPClosedPortIsRefused(t *testing.T) {
 			if _, err := c.Read(make([]byte, 10)); !errors.Is(err, syscall.ECONNREFUSED) {
 				t.Errorf("%s: read: %v, want ECONNREFUSED", p.name, err)
 			}
+			l.forget(p.client, to)
 			if e := f.end(); e.result != flow.Refused || e.counts.OutPackets != 1 {
 				t.Errorf("%s: ended %+v", p.name, e)
 			}
