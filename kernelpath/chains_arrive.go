@@ -22,7 +22,7 @@ const (
 //	ct mark and MASK vmap { K : accept, U : accept, O : accept, each with the cut bit : goto cut, ONE WAY : goto one_way }
 //	ct state established,related,untracked accept
 //	iif "lo" accept
-//	jump reverse_path
+//	fib saddr . iif oif missing jump reverse_path
 //	ct state != new accept
 //	meta l4proto tcp tcp flags & (fin|syn|rst|ack) != syn goto not_syn
 //	meta l4proto { tcp, udp } jump permit
@@ -46,7 +46,7 @@ func (b *builder) arrive() error {
 	a.add(ctStates(stateEstablished, stateRelated, stateUntracked), accept())
 	a.add(is(fieldIIf, host32(`"lo"`, 1)), accept())
 	if b.ReversePath != ReversePathOff {
-		a.add(jump(chainReversePath))
+		a.add(noRoute(b.ReversePath == ReversePathStrict), jump(chainReversePath))
 	}
 	a.add(isNot(fieldCtState, stateNew), accept())
 	a.add(is(fieldL4Proto, protoValue(flow.TCP)), notOpening(), goTo(chainNotSyn))
@@ -79,9 +79,14 @@ var typeLocal = host32("local", 2)
 // reversePath drops spoofed sources. A host that has no address yet asks with
 // the unspecified one (RFC 2131, RFC 4862).
 //
-//	meta nfproto ipv4 ip saddr 0.0.0.0 return
-//	meta nfproto ipv6 ip6 saddr :: return
-//	fib saddr . iif oif missing counter name "spoofed" drop
+//	chain arrive {
+//		fib saddr . iif oif missing jump reverse_path
+//	}
+//	chain reverse_path {
+//		meta nfproto ipv4 ip saddr 0.0.0.0 return
+//		meta nfproto ipv6 ip6 saddr :: return
+//		counter name "spoofed" drop
+//	}
 func (b *builder) reversePath() {
 	if b.ReversePath == ReversePathOff {
 		return
@@ -90,7 +95,7 @@ func (b *builder) reversePath() {
 	for _, f := range []family{ipv4, ipv6} {
 		c.add(is(fieldNFProto, f.nfproto), is(f.saddr, f.unspecified), leave())
 	}
-	c.add(noRoute(b.ReversePath == ReversePathStrict), count(counterSpoofed), drop())
+	c.add(count(counterSpoofed), drop())
 }
 
 // answers are what a first packet may get.

@@ -127,8 +127,8 @@ func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
 //		ct mark and MASK vmap { K : goto hide, ONE WAY : goto hide }
 //	}
 //	chain hide {
-//		... (permissions with a source of their own, see sources)
-//		meta nfproto ipv6 accept
+//		... (permissions with a source of their own, see source)
+//		meta nfproto ipv6 goto hide6
 //		ct status dnat ... (from a hidden network to itself) snat ip to ct original ip daddr
 //		... (per network rule) snat, masquerade or accept
 //	}
@@ -148,8 +148,11 @@ func (b *builder) translate() error {
 	base := b.base("srcnat", hook{nftables.ChainTypeNAT, "postrouting", nftables.ChainHook(unix.NF_INET_POST_ROUTING), prioritySrcNAT, nftables.ChainPolicyAccept})
 	base.add(carried(chainHide))
 	s := b.chain(chainHide)
-	b.sources(s)
-	s.add(is(fieldNFProto, ipv6.nfproto), accept())
+	b.source(s, ipv4)
+	s.add(is(fieldNFProto, ipv6.nfproto), goTo(chainHide+ipv6.suffix))
+	six := b.chain(chainHide + ipv6.suffix)
+	b.source(six, ipv6)
+	six.add(accept())
 	for _, r := range b.in.NetworkRules {
 		if r.Relation == policy.NAT && r.From != policy.Any {
 			b.hairpin(s, r)
@@ -180,7 +183,7 @@ func (b *builder) translate() error {
 	return nil
 }
 
-// sources gives the flows of permissions with a source address of their own
+// source gives the flows of permissions with a source address of their own
 // that address. One look-up is what all others pay.
 //
 //	chain hide {
@@ -192,13 +195,11 @@ func (b *builder) translate() error {
 //	chain source_port4 {
 //		meta nfproto ipv4 meta l4proto { tcp, udp } snat ip to REQUEST map @source_port4
 //	}
-func (b *builder) sources(s *chain) {
-	for _, f := range []family{ipv4, ipv6} {
-		only := rule{is(fieldNFProto, f.nfproto), tcpOrUDP()}
-		s.add(append(slices.Clone(only), vmap(mapSource(f), f.request()...))...)
-		b.chain(mapSourceAddr(f)).add(append(slices.Clone(only), leaveFromAddress(f, mapSourceAddr(f), b.Ranges.Kernel))...)
-		b.chain(mapSourcePort(f)).add(append(slices.Clone(only), leaveFrom(f, mapSourcePort(f)))...)
-	}
+func (b *builder) source(s *chain, f family) {
+	family := is(fieldNFProto, f.nfproto)
+	s.add(family, tcpOrUDP(), vmap(mapSource(f), f.request()...))
+	b.chain(mapSourceAddr(f)).add(family, tcpOrUDP(), leaveFromAddress(f, mapSourceAddr(f), b.Ranges.Kernel))
+	b.chain(mapSourcePort(f)).add(family, tcpOrUDP(), leaveFrom(f, mapSourcePort(f)))
 }
 
 // hairpin is for a host of a hidden network that reaches another one of it by

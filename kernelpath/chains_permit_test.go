@@ -288,7 +288,7 @@ func TestPermitLocal(t *testing.T) {
 		for range 2 {
 			wantFrom(t, j.server, e.server, p.External, e.server)
 		}
-		if seen, _, err := ask(t, j.server, "udp", "", p.External.String()); err == nil {
+		if seen, _, err := askFor(t, short, j.server, "udp", "", p.External.String()); err == nil {
 			t.Errorf("udp passed: %q", seen)
 		}
 		wantSilence(t, j.client, e.client.String(), p.External.String())
