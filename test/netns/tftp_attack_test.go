@@ -202,6 +202,8 @@ func TestTFTPExactAndOnce(t *testing.T) {
 		if want := map[bool]netip.Addr{true: lab.Outside4, false: client}[srv.Is4()]; from.Addr() != want {
 			t.Errorf("the request came from %s, want %s", from, want)
 		}
+		stranger := port(l.Other, others[srv])
+		stranger.send(from, "another host")
 		if again := ask(); again != from {
 			t.Errorf("the repeated request came from %s, the first from %s", again, from)
 		}
@@ -210,14 +212,14 @@ func TestTFTPExactAndOnce(t *testing.T) {
 		}
 
 		first, second, third := port(l.Srv, srv), port(l.Srv, srv), port(l.Srv, srv)
-		port(l.Other, others[srv]).send(from, "another host")
+		stranger.send(from, "another host, when it was asked again")
 		first.send(netip.AddrPortFrom(from.Addr(), from.Port()^1), "another port")
 		first.send(from, "data")
 		second.send(from, "a second flow")
 		c.want(first.addr(), "data")
 		noPermissions(t, g)
 		second.send(from, "a second flow, later")
-		port(l.Other, others[srv]).send(from, "another host, later")
+		stranger.send(from, "another host, later")
 		c.silent("before the client asks again")
 		c.send(first.addr(), "ack")
 		first.want(from, "ack")

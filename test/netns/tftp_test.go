@@ -130,12 +130,12 @@ func wantFile(t testing.TB, path string, content []byte, what string) {
 }
 
 // Blocks that fit a packet, blocks that come in fragments, and several blocks
-// at a time; some MiB of them.
+// at a time.
 func TestTFTPBlocks(t *testing.T) {
 	t.Parallel()
 	l := lab.New(t)
 	s := l.Srv.TFTPD()
-	content, _ := lab.Content(4 << 20)
+	content, _ := lab.Content(1 << 20)
 	s.Put(l.Srv, "file", content)
 	g := l.Gateway(tftpConfig(""))
 	both(t, func(t *testing.T, srv, _ netip.Addr) {
