@@ -104,7 +104,6 @@ func udp(src, dst string) flow.Packet {
 
 // tagged is a data filter that can be told from others.
 type tagged struct {
-	pumpless
 	tag  string
 	conn *filterapi.Connection // what Pump was called with
 }

@@ -192,7 +192,7 @@ func (c *connection) ExternalPeer() (netip.AddrPort, error) {
 
 // SetIPFilter implements filterapi.Connection.
 func (c *connection) SetIPFilter(f *filterapi.IPFilter) error {
-	if c.bind == nil {
+	if emulated, _ := c.state(); c.bind == nil || emulated {
 		return filterapi.ErrNotSupported
 	}
 	if !suits(f, c.session.addr) {

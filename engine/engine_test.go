@@ -72,12 +72,12 @@ func (k *fakeKernel) empty() bool {
 	return len(k.held) == 0
 }
 
-// fakeRoutes: 10.0.0.0/24 is on lan0, the gateway has .1 there, the rest is
-// behind wan0.
+// fakeRoutes: 10.0.0.0/24 is on lan0, the gateway has .1 there, and
+// 203.0.113.1 on wan0, behind which the rest is.
 type fakeRoutes struct{}
 
 func (fakeRoutes) Lookup(dst netip.Addr) (string, netip.Addr, bool, error) {
-	if dst == netip.MustParseAddr("10.0.0.1") {
+	if dst == netip.MustParseAddr("10.0.0.1") || dst == netip.MustParseAddr("203.0.113.1") {
 		return "lo", dst, true, nil
 	}
 	if netip.MustParsePrefix("10.0.0.0/24").Contains(dst) {

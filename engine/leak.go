@@ -43,6 +43,9 @@ type departed struct {
 // handles. c.mu is held.
 func (c *connection) letGo() {
 	c.gone = true
+	// These lead to handles, too; a permission may need its primary connection
+	// for longer.
+	c.takeover, c.links, c.peers = nil, nil, nil
 	now := c.e.now()
 	for i, h := range c.handles {
 		x := h.strong
@@ -81,12 +84,14 @@ func (e *Engine) sweepLeaks() {
 	kept := l.watched[:0:0]
 	for _, d := range l.watched {
 		switch {
-		case d.handle.Value() == nil:
-			continue
 		case d.cycles == 0 && !now.Before(d.ended.Add(l.delay)):
 			d.cycles = cycles
 		case d.cycles != 0 && cycles >= d.cycles+2:
-			held[d.r] = append(held[d.r], d)
+			// Asked once only: the answer keeps a handle that nobody has over a
+			// run that is just then marking.
+			if d.handle.Value() != nil {
+				held[d.r] = append(held[d.r], d)
+			}
 			continue
 		}
 		kept = append(kept, d)

@@ -413,7 +413,7 @@ func (w *world) left() string {
 	listed, waiting := len(e.perms.byKey)+len(e.perms.vias), len(e.perms.byClient)
 	e.perms.mu.Unlock()
 	e.sessions.mu.Lock()
-	sessions := len(e.sessions.byAddr)
+	sessions := len(e.sessions.byID)
 	e.sessions.mu.Unlock()
 	leased := e.ports.Leased()
 	if watched != 0 {

@@ -53,7 +53,7 @@ type Connection interface {
 
 	// SetIPFilter replaces the sources that may use a bind, and returns when
 	// the kernel has acknowledged; nil: all, empty: none. ErrNotSupported on
-	// a flow, ErrTerminating when the bind is used up, expired or closed.
+	// a flow and on an emulated bind, ErrTerminating when the bind is used up, expired or closed.
 	SetIPFilter(*IPFilter) error
 	// IPFilter gives a copy of the current one; nil: everybody may.
 	IPFilter() *IPFilter
