@@ -129,8 +129,7 @@ func wantFile(t testing.TB, path string, content []byte, what string) {
 	})
 }
 
-// Blocks that fit a packet, blocks that come in fragments, and several blocks
-// at a time.
+// Blocks that fit a packet, and blocks that come in fragments.
 func TestTFTPBlocks(t *testing.T) {
 	t.Parallel()
 	l := lab.New(t)
