@@ -82,6 +82,11 @@ func (e *Engine) Disconnect(ctx context.Context, id uint64, kernel []flow.Tuple)
 		}
 	}
 	err := e.cutKernel(ctx, known...)
+	if err == nil {
+		for _, c := range known {
+			e.sever(c)
+		}
+	}
 	if len(unknown) > 0 {
 		err = errors.Join(err, e.kernel.Cut(ctx, unknown...))
 	}

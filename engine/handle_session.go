@@ -3,6 +3,7 @@ package engine
 import (
 	"fmt"
 	"net/netip"
+	"sync/atomic"
 
 	"github.com/sluicegw/sluice/filterapi"
 )
@@ -13,7 +14,8 @@ type sessionHandle struct {
 	s *session
 	r *registered // nil: the gateway itself
 
-	owed int // references that Close gives back; under s.mu
+	owed int         // references that Close gives back; under s.mu
+	over atomic.Bool // r was detached from it
 }
 
 // handle is the session as a filter gets it.
@@ -59,7 +61,10 @@ func (h *sessionHandle) User() string { return h.s.User() }
 func (h *sessionHandle) Flags() filterapi.SessionFlags { return h.s.Flags() }
 
 // AttachFilter implements filterapi.Session.
-func (h *sessionHandle) AttachFilter(name string) error { return h.s.AttachFilter(name) }
+func (h *sessionHandle) AttachFilter(name string) error {
+	h.used("AttachFilter")
+	return h.s.AttachFilter(name)
+}
 
 // HostAccessCheck implements filterapi.Session.
 func (h *sessionHandle) HostAccessCheck(a filterapi.HostAccess) error { return h.s.HostAccessCheck(a) }
@@ -72,6 +77,7 @@ func (h *sessionHandle) Close() { h.s.e.giveBack(h) }
 
 // RedirectConnections implements filterapi.Session.
 func (h *sessionHandle) RedirectConnections(r filterapi.Redirect) (netip.AddrPort, []filterapi.Action, error) {
+	h.used("RedirectConnections")
 	if err := h.checkObjects(r.Negotiated); err != nil {
 		return netip.AddrPort{}, nil, fmt.Errorf("redirect connections: %w", err)
 	}
@@ -80,6 +86,7 @@ func (h *sessionHandle) RedirectConnections(r filterapi.Redirect) (netip.AddrPor
 
 // AllowFutureConnect implements filterapi.Session.
 func (h *sessionHandle) AllowFutureConnect(f filterapi.FutureConnect) (filterapi.Action, error) {
+	h.used("AllowFutureConnect")
 	if err := h.checkObjects(f.Negotiated); err != nil {
 		return nil, fmt.Errorf("allow future connect: %w", err)
 	}
@@ -88,6 +95,7 @@ func (h *sessionHandle) AllowFutureConnect(f filterapi.FutureConnect) (filterapi
 
 // BindForClient implements filterapi.Session.
 func (h *sessionHandle) BindForClient(b filterapi.Bind) ([]filterapi.Connection, error) {
+	h.used("BindForClient")
 	if err := h.checkObjects(b.Negotiated); err != nil {
 		return nil, fmt.Errorf("bind for client: %w", err)
 	}
@@ -104,16 +112,19 @@ func (h *sessionHandle) BindForClient(b filterapi.Bind) ([]filterapi.Connection,
 
 // RetroactiveAllowBind implements filterapi.Session.
 func (h *sessionHandle) RetroactiveAllowBind(a filterapi.AllowBind) (bool, error) {
+	h.used("RetroactiveAllowBind")
 	return h.s.RetroactiveAllowBind(a)
 }
 
 // SetDataFilterFactory implements filterapi.Session.
 func (h *sessionHandle) SetDataFilterFactory(f filterapi.DataFilterFactory) (filterapi.Action, error) {
+	h.used("SetDataFilterFactory")
 	return h.s.setDataFilterFactory(h.r, f)
 }
 
 // EmulateClientBind implements filterapi.Session.
 func (h *sessionHandle) EmulateClientBind(b filterapi.EmulatedBind) (filterapi.Connection, error) {
+	h.used("EmulateClientBind")
 	c, err := h.s.emulateClientBind(h.r, b)
 	if err != nil {
 		return nil, err

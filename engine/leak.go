@@ -117,17 +117,24 @@ func collections() uint64 {
 }
 
 // used notes a call on a handle of something that its filter knows to be over.
-func (r *registered) used(call string, t flow.Tuple) {
+func (r *registered) used(call string, of zap.Field) {
 	log := r.log.Debug
 	if r.afterEnd.Add(1) == 1 {
 		log = r.log.Warn
 	}
-	log("the filter uses a connection that is over", zap.String("call", call), zap.Stringer("flow", t))
+	log("the filter uses what is over", zap.String("call", call), of)
 }
 
 // used notes a call.
 func (h *connHandle) used(call string) {
 	if h.over.Load() {
-		h.r.used(call, h.c.tuple)
+		h.r.used(call, zap.Stringer("flow", h.c.tuple))
+	}
+}
+
+// used notes a call.
+func (h *sessionHandle) used(call string) {
+	if h.over.Load() {
+		h.r.used(call, zap.Uint64("session", h.s.id))
 	}
 }

@@ -88,11 +88,14 @@ func TestCallsOnWhatIsOverAreNamedOnce(t *testing.T) {
 		}
 	}
 	kept.Kill() // may be repeated
+	if err := kept.Session().AttachFilter("ftp"); !errors.Is(err, filterapi.ErrTerminating) {
+		t.Error(err)
+	}
 	levels := map[zapcore.Level]int{}
-	for _, x := range b.logs.FilterMessage("the filter uses a connection that is over").All() {
+	for _, x := range b.logs.FilterMessage("the filter uses what is over").All() {
 		levels[x.Level]++
 	}
-	if levels[zapcore.WarnLevel] != 1 || levels[zapcore.DebugLevel] != 2 {
+	if levels[zapcore.WarnLevel] != 1 || levels[zapcore.DebugLevel] != 3 {
 		t.Errorf("log %v", levels)
 	}
 }

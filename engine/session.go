@@ -171,6 +171,7 @@ func (e *Engine) endSession(s *session) {
 		e.closeAll(s, sockets)
 		for _, h := range attached {
 			e.detach(h.r, h.a.filter)
+			s.handle(h.r).over.Store(h.a.filter != nil)
 		}
 	})
 }
