@@ -53,7 +53,9 @@ type Connection interface {
 
 	// SetIPFilter replaces the sources that may use a bind, and returns when
 	// the kernel has acknowledged; nil: all, empty: none. ErrNotSupported on
-	// a flow and on an emulated bind, ErrTerminating when the bind is used up, expired or closed.
+	// a flow and on an emulated bind, ErrInvalidArgument for sources of the
+	// other address family, ErrTerminating when the bind is used up, expired
+	// or closed.
 	SetIPFilter(*IPFilter) error
 	// IPFilter gives a copy of the current one; nil: everybody may.
 	IPFilter() *IPFilter
@@ -119,7 +121,7 @@ const (
 )
 
 // Priority orders the data filters of one connection. The lowest is next to
-// the client. Within a class the order is that of the configuration.
+// the client. Within a class the order is that of the gateway's list of filters.
 // (FwxDataFilterPriorityClass)
 type Priority uint8
 

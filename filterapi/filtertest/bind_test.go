@@ -155,7 +155,7 @@ func TestBindForNobodyYet(t *testing.T) {
 	if _, err := g.Inbound(flow.TCP, server, at); !errors.Is(err, filtertest.ErrSilence) {
 		t.Errorf("before the address is known: %v", err)
 	}
-	if err := binds[0].SetClientAddress(netip.MustParseAddrPort("10.0.0.77:1")); !errors.Is(err, filterapi.ErrInvalidArgument) {
+	if err := binds[0].SetClientAddress(netip.MustParseAddrPort("10.0.0.77:1")); !errors.Is(err, filterapi.ErrPolicyDenied) {
 		t.Errorf("another host's address: %v", err)
 	}
 	if err := binds[0].SetClientAddress(port(7000)); err != nil {

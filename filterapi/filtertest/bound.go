@@ -42,8 +42,11 @@ func (c *connection) IPFilter() *filterapi.IPFilter {
 
 func (c *connection) SetClientAddress(client netip.AddrPort) error {
 	g, p := c.gateway, c.bind
-	if p == nil || !goodClient(c.session, client) || !reaches(g, p.ask.Flags, client.Addr(), c.session.addr) {
+	switch {
+	case p == nil, !goodClient(c.session, client):
 		return fmt.Errorf("client address %v: %w", client, filterapi.ErrInvalidArgument)
+	case !reaches(g, p.ask.Flags, client.Addr(), c.session.addr):
+		return fmt.Errorf("client address %v: %w", client, filterapi.ErrPolicyDenied)
 	}
 	g.mu.Lock()
 	set, gone := p.client.IsValid(), p.gone

@@ -232,6 +232,13 @@ func boundTable() (out []example) {
 		{"SetClientAddress", nil, nobody, func(_ *scene, c filterapi.Connection) error {
 			return c.SetClientAddress(netip.AddrPortFrom(client.Addr(), 6001))
 		}},
+		{"SetClientAddress, another client", filterapi.ErrPolicyDenied, nobody, func(_ *scene, c filterapi.Connection) error {
+			return c.SetClientAddress(netip.AddrPortFrom(other.Addr(), 1))
+		}},
+		{"SetClientAddress after Kill", filterapi.ErrTerminating, nobody, func(_ *scene, c filterapi.Connection) error {
+			c.Kill()
+			return c.SetClientAddress(netip.AddrPortFrom(client.Addr(), 6001))
+		}},
 		{"SetClientAddress, port 0", filterapi.ErrInvalidArgument, nobody, func(_ *scene, c filterapi.Connection) error {
 			return c.SetClientAddress(netip.AddrPortFrom(client.Addr(), 0))
 		}},
