@@ -33,7 +33,7 @@ var bad = []struct {
 	{"rules: " + strings.Repeat("- ", 100), []string{"1: nested too deeply"}},
 	{"log: &a {}\ncontrol: *a\n", []string{"1: anchors and aliases are not supported", "1: log: want a mapping, got something else", "2: anchors and aliases are not supported", "2: control: want a mapping, got something else"}},
 	{"log: !!map {}\n", []string{"1: tags and directives are not supported", "1: log: want a mapping, got something else"}},
-	{"1: 2\n", []string{"1: the key 1 is no text", `1: the file: unknown key ""; the keys are control, flowtable, log, marks, network_rules, networks, ports, protocols, queue, reverse_path, rules`}},
+	{"1: 2\n", []string{"1: the key 1 is no text", `1: the file: unknown key ""; the keys are control, flowtable, log, marks, network_rules, networks, ports, protocols, queue, reverse_path, rules, udp`}},
 	// Duplicate and unknown keys.
 	{"log: {}\n\nlog:\n  level: info\n  level: warn\n", []string{`3: the key "log" stands there twice, first in line 1`, `5: the key "level" stands there twice, first in line 4`}},
 	{"log:\n  levle: info\n", []string{`2: log: unknown key "levle"; the keys are format, level`}},
@@ -59,6 +59,7 @@ var bad = []struct {
 	{"marks: {mask: 0x1ffffffff}\n", []string{"1: marks.mask: 0x1ffffffff is not a number from 1 to 4294967295"}},
 	{"ports:\n  kernel: 80-90\n  leases: 9000-8000\n", []string{`2: ports.kernel: "80-90" is no number or range from 1024 to 65535`, `3: ports.leases: "9000-8000" is no number or range from 1024 to 65535`}},
 	{"\nports: {kernel: 20000-62000}\n", []string{"2: ports: kernel 20000-62000 and leases 61000-65535 overlap"}},
+	{"udp: {peer_idle: 0, socket_idle: 90000}\n", []string{"1: udp.peer_idle: 0 is not a number from 1 to 86400", "1: udp.socket_idle: 90000 is not a number from 1 to 86400"}},
 	{"control: {socket: run/x}\n", []string{`1: control.socket: "run/x" is no clean absolute path of at most 107 bytes`}},
 	// Networks.
 	{"networks: [a]\n", []string{"1: networks: want a mapping, got a list"}},

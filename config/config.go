@@ -28,6 +28,8 @@ type Config struct {
 	Ports nat.Ranges
 	// Flowtable is flowtable: true for auto, false for off.
 	Flowtable bool
+	// UDP is udp.
+	UDP UDP
 	// Log is log.
 	Log Log
 	// Control is control.
@@ -82,6 +84,13 @@ type Marks struct {
 	LogGroup uint16     // log_group: the NFLOG group
 }
 
+// UDP is the section udp: how long flows that user space carries may be idle,
+// in seconds.
+type UDP struct {
+	PeerIdle   uint32 // peer_idle: until a peer of a client's socket is forgotten
+	SocketIdle uint32 // socket_idle: until the external port is given back
+}
+
 // Log is the section log.
 type Log struct {
 	Level  string // level: debug, info, warn or error
@@ -106,6 +115,7 @@ func Default() *Config {
 		Marks:       Marks{Bits: bits, Table: 4100, Priority: 4100, Zone: 4100, LogGroup: 4100},
 		Ports:       nat.Ranges{Kernel: nat.Range{Lo: 10000, Hi: 32767}, Leases: nat.Range{Lo: 61000, Hi: 65535}},
 		Flowtable:   true,
+		UDP:         UDP{PeerIdle: 120, SocketIdle: 300},
 		Log:         Log{Level: "info", Format: "auto"},
 		Control:     Control{Socket: "/run/sluice/control.sock"},
 	}

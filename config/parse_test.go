@@ -73,6 +73,7 @@ queue: {form: xt, first: 10, number: 4, length: 1024, fail: open}
 marks: {mask: 0x000f0000, table: 7, priority: 8, zone: 9, log_group: 11}
 ports: {kernel: 20000-29999, leases: 40000-50000}
 flowtable: off
+udp: {peer_idle: 30, socket_idle: 90}
 control: {socket: /tmp/x.sock}
 `
 
@@ -92,6 +93,7 @@ func TestParseGood(t *testing.T) {
 		Queue:       Queue{QueueXT, 10, 4, 1024, true},
 		Marks:       Marks{bits, 7, 8, 9, 11},
 		Ports:       nat.Ranges{Kernel: nat.Range{Lo: 20000, Hi: 29999}, Leases: nat.Range{Lo: 40000, Hi: 50000}},
+		UDP:         UDP{30, 90},
 		Log:         Log{"debug", "json"},
 		Control:     Control{"/tmp/x.sock"},
 	}
@@ -197,6 +199,7 @@ func TestManual(t *testing.T) {
 		{"queue", "form", d.Queue.Form}, {"queue", "first", d.Queue.First}, {"queue", "number", d.Queue.Number}, {"queue", "length", d.Queue.Length}, {"queue", "fail", "closed"},
 		{"marks", "mask", fmt.Sprintf("0x%08x", d.Marks.Bits.Mask())}, {"marks", "table", d.Marks.Table}, {"marks", "priority", d.Marks.Priority}, {"marks", "zone", d.Marks.Zone}, {"marks", "log_group", d.Marks.LogGroup},
 		{"ports", "kernel", d.Ports.Kernel}, {"ports", "leases", d.Ports.Leases},
+		{"udp", "peer_idle", d.UDP.PeerIdle}, {"udp", "socket_idle", d.UDP.SocketIdle},
 		{"log", "level", d.Log.Level}, {"log", "format", d.Log.Format}, {"control", "socket", d.Control.Socket},
 		{"rules", "no_kernel_mode", false}, {"rules", "fail", "queue.fail"}, {"rules", "refuse", "auto"}, {"rules", "log", true},
 		{"rules", "filters", nil}, {"rules", "name", nil}, {"rules", "action", nil}, {"rules", "from", nil}, {"rules", "to", nil}, {"rules", "protocols", nil},

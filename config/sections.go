@@ -33,7 +33,7 @@ func Parse(name string, text []byte, parsers OptionParsers) (*Config, error) {
 type sectionNodes struct {
 	networks, networkRules, protocols, rules  ast.Node
 	reversePath, queue, marks, ports, offload ast.Node
-	log, control                              ast.Node
+	log, control, udp                         ast.Node
 }
 
 func (s *sectionNodes) keys() map[string]func(ast.Node) {
@@ -48,6 +48,7 @@ func (s *sectionNodes) keys() map[string]func(ast.Node) {
 		"marks":         keep(&s.marks),
 		"ports":         keep(&s.ports),
 		"flowtable":     keep(&s.offload),
+		"udp":           keep(&s.udp),
 		"log":           keep(&s.log),
 		"control":       keep(&s.control),
 	}
@@ -67,6 +68,7 @@ func (s *sectionNodes) read(r *reader, c *Config, p *policyText) {
 	r.queue(s.queue, &c.Queue)
 	r.marks(s.marks, &c.Marks)
 	r.ports(s.ports, &c.Ports)
+	r.udp(s.udp, &c.UDP)
 	r.log(s.log, &c.Log)
 	r.section(s.control, "control", map[string]func(ast.Node){
 		"socket": func(n ast.Node) {
@@ -163,6 +165,16 @@ func (r *reader) ports(n ast.Node, p *nat.Ranges) {
 	if p.Kernel.Lo <= p.Leases.Hi && p.Leases.Lo <= p.Kernel.Hi {
 		r.fail(n, "ports: kernel %s and leases %s overlap", p.Kernel, p.Leases)
 	}
+}
+
+// maxIdle bounds how long a UDP flow may be idle, in seconds: a day.
+const maxIdle = 86400
+
+func (r *reader) udp(n ast.Node, u *UDP) {
+	r.section(n, "udp", map[string]func(ast.Node){
+		"peer_idle":   func(n ast.Node) { setNumber(r, n, "udp.peer_idle", &u.PeerIdle, 1, maxIdle) },
+		"socket_idle": func(n ast.Node) { setNumber(r, n, "udp.socket_idle", &u.SocketIdle, 1, maxIdle) },
+	})
 }
 
 func (r *reader) log(n ast.Node, l *Log) {

@@ -128,6 +128,8 @@ func needsRestart(a, b *config.Config) string {
 		return "marks"
 	case a.Ports != b.Ports:
 		return "ports"
+	case a.UDP != b.UDP:
+		return "udp"
 	case a.Control != b.Control:
 		return "control"
 	case a.Log != b.Log:

@@ -132,6 +132,7 @@ func (g *gateway) open(undo *ladder) (err error) {
 	g.facts.tproxyPort = g.tcp.Port()
 	if g.udp, err = userpath.NewUDP(userpath.UDPConfig{
 		Marks: m.Bits, Log: g.log.Named("udp"), Port: g.tcp.Port(),
+		PeerIdle: time.Duration(g.cfg.UDP.PeerIdle) * time.Second, SocketIdle: time.Duration(g.cfg.UDP.SocketIdle) * time.Second,
 		Decide: func(ctx context.Context, p flow.Packet) engine.Decision { return g.engine.Decide(ctx, p) },
 	}); err != nil {
 		return err

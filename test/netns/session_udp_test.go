@@ -176,3 +176,29 @@ func TestB61FilterForOneDestination(t *testing.T) {
 		}
 	})
 }
+
+// B32, B61 where user space carries the flow: a peer that is idle is forgotten,
+// its data filter with it; when it comes back both begin anew.
+func TestB61FilterOfForgottenPeer(t *testing.T) {
+	eachFamily(t, func(t *testing.T, l *lab.Lab, f family) {
+		l.Srv.EchoUDP(7)
+		c := probed()
+		c.Extra = "udp: {peer_idle: 1}\n"
+		s := play(t, l, f, c)
+		s.p.Must("on", lab.ProbeArgs{Kind: "UDPDestination", Do: "attach-peer", Peer: to(f.srv, 7).String(), Mode: "upper"})
+		client := l.Client.MustListenPacket(f.network("udp"), ":0")
+		kinds := func(kind string) func(lab.ProbeEvent) bool { return func(e lab.ProbeEvent) bool { return e.Kind == kind } }
+		for turn := 1; turn <= 2; turn++ {
+			send(t, client, to(f.srv, 7), "hello")
+			if from, text := receive(t, client); from != to(f.srv, 7) || text != "HELLO" {
+				t.Errorf("%q from %s", text, from)
+			}
+			lab.Eventually(t, 10*time.Second, "the data filter is called off", func() bool { return len(s.p.Events(kinds("PumpEnd"))) == turn })
+			for _, kind := range []string{"UDPDestination", "Pump"} {
+				if n := len(s.p.Events(kinds(kind))); n != turn {
+					t.Errorf("after turn %d: %d %s", turn, n, kind)
+				}
+			}
+		}
+	})
+}
