@@ -187,7 +187,9 @@ func TestB61FilterOfForgottenPeer(t *testing.T) {
 		s := play(t, l, f, c)
 		s.p.Must("on", lab.ProbeArgs{Kind: "UDPDestination", Do: "attach-peer", Peer: to(f.srv, 7).String(), Mode: "upper"})
 		client := l.Client.MustListenPacket(f.network("udp"), ":0")
-		kinds := func(kind string) func(lab.ProbeEvent) bool { return func(e lab.ProbeEvent) bool { return e.Kind == kind } }
+		kinds := func(kind string) func(lab.ProbeEvent) bool {
+			return func(e lab.ProbeEvent) bool { return e.Kind == kind }
+		}
 		for turn := 1; turn <= 2; turn++ {
 			send(t, client, to(f.srv, 7), "hello")
 			if from, text := receive(t, client); from != to(f.srv, 7) || text != "HELLO" {
