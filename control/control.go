@@ -88,9 +88,15 @@ type Permission struct {
 	Protocol     string `json:"protocol,omitempty"`
 	Session      uint64 `json:"session"`
 	Flows        int    `json:"flows"`
-	// Living are the flows that it has let in, "source > destination".
-	Living  []string   `json:"living,omitempty"`
+	// Living are the flows that it has let in.
+	Living  []Ends     `json:"living,omitempty"`
 	Expires *time.Time `json:"expires,omitempty"`
+}
+
+// Ends are those of a flow, as its initiator sent it.
+type Ends struct {
+	Src string `json:"src"`
+	Dst string `json:"dst"`
 }
 
 // FlowOf turns the engine's view into the one for people.
@@ -112,7 +118,7 @@ func PermissionOf(i engine.PermissionInfo) Permission {
 		Rule: i.Rule, Protocol: i.Protocol, Session: i.Session, Flows: len(i.Living),
 	}
 	for _, t := range i.Living {
-		p.Living = append(p.Living, t.Src.String()+" > "+t.Dst.String())
+		p.Living = append(p.Living, Ends{t.Src.String(), t.Dst.String()})
 	}
 	if i.Via.IsValid() {
 		p.Direction = "redirect"

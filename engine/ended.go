@@ -23,7 +23,7 @@ func (e *Engine) over(c *connection, end flow.End) {
 	if end.Stop.IsZero() {
 		end.Stop = e.now()
 	}
-	e.record(end, about{rule: c.rule, protocol: c.protocol, session: c.session, secondary: c.secondary})
+	e.record(end, about{rule: c.rule, protocol: c.protocol, session: c.session, secondary: c.secondary, perm: c.perm})
 	if c.perm != nil {
 		e.settle(c)
 	}
@@ -132,6 +132,7 @@ type about struct {
 	protocol  string
 	session   *session
 	secondary bool
+	perm      *permission // that let it in; nil: none
 }
 
 // record writes the one line of a flow.
@@ -161,6 +162,9 @@ func (e *Engine) record(end flow.End, a about) {
 	}
 	if a.secondary {
 		f = append(f, zap.Bool("secondary", true))
+	}
+	if a.perm != nil {
+		f = append(f, zap.Uint64("permission", a.perm.ID))
 	}
 	if end.Translation.Src.IsValid() {
 		f = append(f, zap.Stringer("nat_src", end.Translation.Src))

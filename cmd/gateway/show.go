@@ -166,7 +166,7 @@ of each connection that stands; one-way, answers are dropped.`,
 					}
 					fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n",
 						p.ID, p.State, p.Direction, p.Proto, dash(p.Client), dash(p.Via), dash(p.Target+p.External),
-						dash(p.Source+strings.Join(p.Sources, ",")), use, p.Path, dash(p.Rule), p.Session, list(p.Living), expires, notes(p))
+						dash(p.Source+strings.Join(p.Sources, ",")), use, p.Path, dash(p.Rule), p.Session, living(p), expires, notes(p))
 				}
 			})
 		},
@@ -228,6 +228,15 @@ func dash(s string) string {
 		return "-"
 	}
 	return s
+}
+
+// living are the flows of a permission.
+func living(p control.Permission) string {
+	var out []string
+	for _, f := range p.Living {
+		out = append(out, f.Src+" > "+f.Dst)
+	}
+	return list(out)
 }
 
 // notes are what is special about a permission.
