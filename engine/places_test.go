@@ -186,6 +186,8 @@ func TestPermissionsByProtocol(t *testing.T) {
 	if got := b.Permissions(); len(got) != 2 || got[0].State != "used" || got[1].State != "discarding" || got[1].Rule != "" {
 		t.Errorf("after the reload: %+v", got)
 	}
+	b.kernel.mu.Lock() // a flow so young is cut again
+	defer b.kernel.mu.Unlock()
 	if len(b.kernel.cut) != 1 || b.kernel.cut[0] != first.Tuple {
 		t.Errorf("cut %v", b.kernel.cut)
 	}
