@@ -23,6 +23,9 @@ type factory struct {
 	r       *registered
 	session *session
 	kernel  nat.Permission // ID 0: the kernel has nothing to do with it
+
+	change sync.Mutex // held across kernel changes of this factory
+	held   bool       // the kernel may have it; under change
 }
 
 // factories are those in force. Most gateways have none, and then nobody
@@ -64,6 +67,13 @@ func (x *factories) remove(f *factory) bool {
 	}
 	x.count.Add(-1)
 	return true
+}
+
+// has says whether a factory is in force.
+func (x *factories) has(f *factory) bool {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return slices.Contains(x.byClient[f.session.addr], f)
 }
 
 // of are the factories that concern a session.
@@ -197,11 +207,9 @@ func (e *Engine) install(f *factory) error {
 		e.factories.remove(f)
 		return filterapi.ErrTerminating
 	}
-	if f.kernel.ID != 0 {
-		if err := e.kernel.Install(context.Background(), f.kernel); err != nil {
-			e.uninstall(f)
-			return err
-		}
+	if err := e.divert(f); err != nil {
+		e.uninstall(f)
+		return err
 	}
 	for _, p := range e.perms.all() {
 		if p.session.addr != f.session.addr || !e.bringToUser(p) {
@@ -224,10 +232,25 @@ func (e *Engine) uninstall(f *factory) bool {
 	if !e.factories.remove(f) {
 		return false
 	}
-	if f.kernel.ID != 0 {
+	f.change.Lock()
+	defer f.change.Unlock()
+	if f.held {
+		f.held = false
 		e.withdraw(f.kernel)
 	}
 	return true
+}
+
+// divert has the kernel bring to user space what a factory is for, unless it
+// has ended meanwhile.
+func (e *Engine) divert(f *factory) error {
+	f.change.Lock()
+	defer f.change.Unlock()
+	if f.kernel.ID == 0 || !e.factories.has(f) {
+		return nil
+	}
+	f.held = true // perhaps, also after an error
+	return e.kernel.Install(context.Background(), f.kernel)
 }
 
 // withdraw removes what the kernel holds, and tries until it is gone.
