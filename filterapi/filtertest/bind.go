@@ -1,6 +1,7 @@
 package filtertest
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 
@@ -38,7 +39,8 @@ func (s *session) BindForClient(b filterapi.Bind) ([]filterapi.Connection, error
 		p.discarding = b.Flags&filterapi.Discarding != 0
 		ps = append(ps, p)
 	}
-	if err := s.allowed(c, b.Negotiated, netip.AddrPort{}); err != nil {
+	// One that discards need not be allowed yet; nonsense it may not be.
+	if err := s.allowed(c, b.Negotiated, netip.AddrPort{}); err != nil && (b.Flags&filterapi.Discarding == 0 || errors.Is(err, filterapi.ErrInvalidArgument)) {
 		return fail(err)
 	}
 	if unknown && b.External == (netip.AddrPort{}) && !g.hidden(s.addr) {
@@ -134,6 +136,9 @@ func (g *Gateway) leaseBinds(at netip.AddrPort, ps []*permission) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	first := ps[0]
+	if err := g.admit(first.session, len(ps)); err != nil {
+		return err
+	}
 	even := first.ask.Flags&filterapi.EvenPort != 0
 	switch {
 	case at == (netip.AddrPort{}) && !g.hidden(first.session.addr): // pinholes
@@ -195,7 +200,7 @@ func (s *session) RetroactiveAllowBind(a filterapi.AllowBind) (already bool, err
 		return false, fmt.Errorf("allow bind %s %v: %w", a.Proto, a.Address, err)
 	}
 	switch {
-	case !knownProto(a.Proto), !a.Address.IsValid(), a.Address.Port() == 0, a.Flags&^allowFlags != 0,
+	case !knownProto(a.Proto), !a.Address.IsValid(), a.Address.Port() == 0, a.Address.Addr().Is4() != s.addr.Is4(), a.Flags&^allowFlags != 0,
 		a.Proto == flow.TCP && a.Flags&udpFlags != 0, !suits(a.IPFilter, s.addr):
 		return fail(filterapi.ErrInvalidArgument)
 	}
@@ -210,14 +215,14 @@ func (s *session) RetroactiveAllowBind(a filterapi.AllowBind) (already bool, err
 	if protocol == "" {
 		protocol = p.object.protocol
 	}
+	if err := g.access(s.addr, protocol, a.Proto, netip.AddrPort{}); err != nil {
+		return fail(err)
+	}
 	g.mu.Lock()
 	discarding := p.discarding
 	g.mu.Unlock()
 	if !discarding {
 		return true, nil
-	}
-	if err := g.access(s.addr, protocol, a.Proto, netip.AddrPort{}); err != nil {
-		return fail(err)
 	}
 	g.journal.add(Entry{Asked, "allow of " + a.Address.String()})
 	if g.Refuse != nil {

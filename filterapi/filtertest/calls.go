@@ -17,7 +17,7 @@ const (
 	bindFlags     = filterapi.AllowMultiple | filterapi.Timeout | filterapi.NoKernelMode | filterapi.Bidirectional |
 		filterapi.IncreaseReceiveBuffer | filterapi.EvenPort | filterapi.Discarding | reachFlags
 	allowFlags = filterapi.Bidirectional | filterapi.IncreaseReceiveBuffer
-	udpFlags   = filterapi.Bidirectional
+	udpFlags   = filterapi.Bidirectional | filterapi.IncreaseReceiveBuffer
 )
 
 // check holds what the permission calls have in common. It gives the primary
@@ -127,9 +127,6 @@ func (s *session) RedirectConnections(r filterapi.Redirect) (netip.AddrPort, []f
 		}
 		p := g.newPermission(s, redirected, r.Negotiated, c)
 		p.client, p.target, p.source, p.leased = netip.AddrPortFrom(s.addr, 0), t, r.External, true
-		if err := p.askFilter(); err != nil {
-			return fail(err)
-		}
 		ps = append(ps, p)
 	}
 	if err := g.install(Redirected, fmt.Sprintf("%s redirection to %v", r.Proto, r.Targets), ps...); err != nil {
@@ -146,15 +143,13 @@ func (s *session) RedirectConnections(r filterapi.Redirect) (netip.AddrPort, []f
 // data filter then is asked again at each connection.
 func (p *permission) askFilter() error {
 	src := netip.AddrPortFrom(p.client.Addr(), 0)
-	c := p.gateway.newConnection(p.session, flow.Tuple{Proto: p.ask.Proto, Src: src, Dst: p.target})
+	c := p.gateway.newConnection(p.session, flow.Tuple{Proto: p.ask.Proto, Src: src, Dst: p.via})
 	c.inherit(p)
-	defer func() { c.mu.Lock(); c.ended = true; c.mu.Unlock() }()
+	defer p.gateway.terminating(c)
 	if err := p.gateway.raise(c, c.connectEvent(p.target)); err != nil {
 		return fmt.Errorf("%w: %w", filterapi.ErrPolicyDenied, err)
 	}
-	if len(c.chain()) > 0 {
-		p.toUser = true
-	}
+	p.toUser = p.toUser || len(c.chain()) > 0
 	return nil
 }
 

@@ -478,6 +478,12 @@ func TestAccess(t *testing.T) {
 		b.Primary = fl.Conn
 		_, bound := p.BindForClient(b)
 		_, _, redirected := p.RedirectConnections(redirect(p, fl.Conn, 1))
+		b.Flags, b.Clients = filterapi.Discarding, []netip.AddrPort{port(7777)}
+		binds, err := p.BindForClient(b) // nobody has approved of it yet
+		if err != nil {
+			t.Fatalf("a bind that discards: %v", err)
+		}
+		binds[0].Kill()
 		for call, err := range map[string]error{"connect": connect, "allow": allow, "bind": bound, "redirect": redirected} {
 			if !errors.Is(err, why) {
 				t.Errorf("%s: %v, want %v", call, err, why)

@@ -30,7 +30,7 @@ func (s *session) SetDataFilterFactory(f filterapi.DataFilterFactory) (filterapi
 		return nil, fmt.Errorf("data filter factory at %v: %w", f.Address, err)
 	}
 	switch {
-	case f.New == nil, !f.Address.IsValid(), f.Address.Addr().Is4() != s.addr.Is4(), f.Flags&^filterapi.AddressBased != 0,
+	case f.New == nil, !f.Address.IsValid(), !f.Address.Addr().IsUnspecified() && f.Address.Addr().Is4() != s.addr.Is4(), f.Flags&^filterapi.AddressBased != 0,
 		f.Priority < filterapi.PriorityNAT, f.Priority > filterapi.PriorityEmulation,
 		f.Event != filterapi.ConnectTCP && f.Event != filterapi.UDPDestination && f.Event != filterapi.Accepted && f.Event != filterapi.BindUDP:
 		return fail(filterapi.ErrInvalidArgument)

@@ -76,20 +76,15 @@ func (g *Gateway) refuses(l lease) bool {
 // install has permissions that are no binds put in force.
 func (g *Gateway) install(how What, text string, ps ...*permission) error {
 	g.journal.add(Entry{Asked, text})
-	first := ps[0]
-	if first.kind == redirected {
-		g.mu.Lock()
-		inside := g.inside(first.session.addr)
-		low, err := g.leaseRun(ps, inside, 0, false, firstVia, &g.nextVia)
-		g.mu.Unlock()
-		if err != nil {
-			return err
-		}
-		for i, p := range ps {
-			p.via = netip.AddrPortFrom(inside, low+uint16(i))
+	err := g.leaseInside(ps)
+	for _, p := range ps {
+		if err == nil && p.kind == redirected {
+			err = p.askFilter()
 		}
 	}
-	err := g.grant(how, ps...)
+	if err == nil {
+		err = g.grant(how, ps...)
+	}
 	if err != nil {
 		g.mu.Lock()
 		defer g.mu.Unlock()
@@ -98,6 +93,27 @@ func (g *Gateway) install(how What, text string, ps ...*permission) error {
 		}
 	}
 	return err
+}
+
+// leaseInside gives redirections their addresses.
+func (g *Gateway) leaseInside(ps []*permission) error {
+	if ps[0].kind != redirected {
+		return nil
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.admit(ps[0].session, len(ps)); err != nil {
+		return err
+	}
+	inside := g.inside(ps[0].session.addr)
+	low, err := g.leaseRun(ps, inside, 0, false, firstVia, &g.nextVia)
+	if err != nil {
+		return err
+	}
+	for i, p := range ps {
+		p.via = netip.AddrPortFrom(inside, low+uint16(i))
+	}
+	return nil
 }
 
 // grant is the kernel: it checks what the real one checks, waits for the
