@@ -70,7 +70,7 @@ func readDatagram(in []byte) (*message, error) {
 		return nil, err
 	}
 	end := bytes.Index(in, []byte("\r\n\r\n"))
-	if end < 0 {
+	if end < 0 || len(in) > maxMessage {
 		return nil, notSIP("header without an end")
 	}
 	m, err := parseHead(in[:end+2])
@@ -110,6 +110,9 @@ func checkStart(in []byte) error {
 		return nil
 	}
 	line, _, complete := bytes.Cut(in, []byte("\r\n"))
+	if !complete {
+		line = bytes.TrimSuffix(line, []byte("\r")) // its end may be cut in two
+	}
 	first, rest, spaced := bytes.Cut(line, []byte(" "))
 	const version = "SIP/2.0"
 	if n := min(len(first), len(version)); n > 3 && strings.EqualFold(string(first[:4]), "SIP/") {
@@ -126,10 +129,10 @@ func checkStart(in []byte) error {
 			return notSIP("%.40q is no method", first)
 		}
 	}
-	if !spaced {
-		if complete || len(first) == 0 && len(in) > 0 {
-			return notSIP("%.40q is no request", line)
-		}
+	switch {
+	case len(first) == 0 && (spaced || complete), complete && !spaced:
+		return notSIP("%.40q is no request", line)
+	case !spaced:
 		return nil
 	}
 	return checkRequestLine(rest, complete)
@@ -169,11 +172,8 @@ func checkRequestLine(rest []byte, complete bool) error {
 
 // checkLine refuses control characters: a CR or LF alone among them.
 func checkLine(b []byte) error {
-	for i, c := range b {
+	for _, c := range b {
 		if c < 0x20 && c != '\t' || c == 0x7f {
-			if c == '\r' && i == len(b)-1 {
-				return nil // the line's end may be cut in two
-			}
 			return notSIP("byte 0x%02x in a line", c)
 		}
 	}
@@ -217,10 +217,8 @@ func fieldLength(in []byte) (int, error) {
 			return 0, notSIP("line without an end")
 		}
 		line := in[n : n+i]
-		for _, c := range line {
-			if c < 0x20 && c != '\t' || c == 0x7f {
-				return 0, notSIP("byte 0x%02x in a line", c)
-			}
+		if err := checkLine(line); err != nil {
+			return 0, err
 		}
 		n += i + 2
 		if n == len(in) || in[n] != ' ' && in[n] != '\t' {

@@ -74,6 +74,11 @@ func (m *message) check() error {
 	case m.isRequest() && m.cseqMethod() != m.method:
 		return notSIP("CSeq %.40q in a %s", m.value("cseq"), m.method)
 	}
+	for _, name := range []string{"from", "to"} {
+		if _, err := parseAddress(m.value(name)); err != nil {
+			return notSIP("%s %.40q", name, m.value(name))
+		}
+	}
 	if _, err := m.topVia(); err != nil {
 		return err
 	}
