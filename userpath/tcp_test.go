@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -235,6 +236,38 @@ func TestSlowReaderHoldsTheSenderBack(t *testing.T) {
 				t.Errorf("received %d, %v; want %d", got, err, total)
 			}
 		})
+	}
+}
+
+// TestFirstFilterEndsBeforeTheLastHasSent: a filter that has closed both its
+// sides does not keep the one behind it from sending the rest to a slow
+// receiver.
+func TestFirstFilterEndsBeforeTheLastHasSent(t *testing.T) {
+	tcp := runTCP(t, nil)
+	c := carry(t, tcp, false, passer{}, passer{})
+	if err := unix.SetsockoptInt(c.farFD, unix.SOL_SOCKET, unix.SO_SNDBUF, 8<<10); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.server.SetReadBuffer(8 << 10); err != nil {
+		t.Fatal(err)
+	}
+	c.server.CloseWrite()
+	mustEnd(t, c.client, io.EOF)
+	sent := strings.Repeat("0123456789abcdef", 150<<10/16)
+	mustWrite(t, c.client, sent)
+	c.client.CloseWrite()
+	for end := time.Now().Add(patience); c.flow.dirs[sideInit].carrier.Load() != byNobody; {
+		if time.Now().After(end) {
+			t.Fatal("the first filter did not end")
+		}
+		runtime.Gosched()
+	}
+	c.server.SetReadDeadline(time.Now().Add(patience))
+	if got, err := io.ReadAll(c.server); string(got) != sent || err != nil {
+		t.Fatalf("received %d bytes, %v; want %d", len(got), err, len(sent))
+	}
+	if e := c.wait(); e.result != flow.Closed || e.counts.OutBytes != uint64(len(sent)) {
+		t.Errorf("ended %+v", e)
 	}
 }
 

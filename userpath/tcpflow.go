@@ -187,20 +187,22 @@ func (f *tcpFlow) step() {
 		return
 	}
 	for i := range f.dirs {
-		switch src := &f.ends[i]; f.dirs[i].carrier.Load() {
-		case byLoop:
+		src, dst := &f.ends[i], &f.ends[i^oppositeMask]
+		carrier := f.dirs[i].carrier.Load()
+		switch {
+		case carrier == byLoop:
 			f.carry(i)
-		case byNobody:
+		case carrier == byNobody:
 			f.discard(i)
-		default:
-			if src.readable {
-				src.readable = false
-				wake(src.rd)
-			}
-			if dst := &f.ends[i^oppositeMask]; dst.writable {
-				dst.writable = false
-				wake(dst.wr)
-			}
+		case src.readable:
+			src.readable = false
+			wake(src.rd)
+		}
+		// Where the first filter of a direction has closed, the last one may
+		// still send what is on its way.
+		if carrier != byLoop && dst.writable {
+			dst.writable = false
+			wake(dst.wr)
 		}
 		if f.over {
 			return
