@@ -115,7 +115,7 @@ func PermissionOf(i engine.PermissionInfo) Permission {
 		ID: i.ID, State: i.State, Direction: "outbound", Proto: i.Proto.String(), Client: i.Owner.String(),
 		Target: addr(i.Target), Via: addr(i.Via), Source: addr(i.Source), External: addr(i.External),
 		Multiple: i.Multiple, OneWay: i.OneWay, AddressBased: i.AddressBased, Notify: i.Notify, Path: flow.Kernel.String(),
-		Rule: i.Rule, Protocol: i.Protocol, Session: i.Session, Flows: len(i.Living),
+		Rule: i.Rule, Protocol: i.Protocol, Session: i.Session, Flows: i.Flows,
 	}
 	for _, t := range i.Living {
 		p.Living = append(p.Living, Ends{t.Src.String(), t.Dst.String()})

@@ -69,7 +69,7 @@ func (g *fakeGateway) Permissions() []Permission {
 			Target: netip.MustParseAddrPort("203.0.113.10:80"), Via: netip.MustParseAddrPort("10.0.0.1:61000"),
 			Source: netip.MustParseAddrPort("203.0.113.2:0"), ToUser: true,
 		},
-		Owner: netip.MustParseAddr("10.0.0.2"), State: "used", Rule: "ftp", Protocol: "ftp", Session: 3, Notify: true,
+		Owner: netip.MustParseAddr("10.0.0.2"), State: "used", Rule: "ftp", Protocol: "ftp", Session: 3, Flows: 1, Notify: true,
 		Living: []flow.Tuple{{Proto: flow.TCP, Src: netip.MustParseAddrPort("10.0.0.2:40000"), Dst: netip.MustParseAddrPort("10.0.0.1:61000")}},
 	}), PermissionOf(engine.PermissionInfo{
 		Permission: nat.Permission{

@@ -82,6 +82,13 @@ func (e *Engine) allowed(b basis) bool {
 	return err == nil
 }
 
+// joined says whether a network rule joins the client and a target. What a
+// primary connection negotiated may lead to another network than its own.
+func (s *session) joined(p flow.Proto, target netip.AddrPort) bool {
+	q, err := s.e.question(flow.Tuple{Proto: p, Src: netip.AddrPortFrom(s.addr, 0), Dst: target}, "")
+	return err == nil && s.e.Policy().Judge(q).NetworkRule != nil
+}
+
 // target is where the initiator of a flow gets to: for one that a redirection
 // let in not the address that it went to.
 func (c *connection) target() netip.AddrPort {

@@ -127,6 +127,9 @@ func (s *session) checkCall(n filterapi.Negotiated, allowed filterapi.Flags, tar
 			return t, err
 		}
 	}
+	if target.IsValid() && !s.joined(n.Proto, target) {
+		return t, filterapi.ErrNetworkDenied
+	}
 	if t.primary == nil || t.protocol != t.primary.protocol {
 		t.rule, t.uses = t.verdict.Rule, t.verdict.Filters
 		if err != nil {

@@ -85,7 +85,7 @@ func (officeRoutes) Lookup(dst netip.Addr) (string, netip.Addr, bool, error) {
 	}
 	for _, n := range []struct{ net, iface, source string }{
 		{"10.0.0.0/24", "lan0", "10.0.0.1"}, {"192.168.1.0/24", "dmz0", "192.168.1.1"}, {"fd00:a::/64", "lan0", "fd00:a::1"},
-		{"0.0.0.0/0", "wan0", "203.0.113.1"}, {"::/0", "wan0", "2001:db8:b::1"},
+		{"172.16.0.0/24", "isle0", "172.16.0.1"}, {"0.0.0.0/0", "wan0", "203.0.113.1"}, {"::/0", "wan0", "2001:db8:b::1"},
 	} {
 		if netip.MustParsePrefix(n.net).Contains(dst) {
 			return n.iface, netip.MustParseAddr(n.source), false, nil
@@ -207,6 +207,7 @@ func TestMisuseOfPermissionCalls(t *testing.T) {
 		"a discarding connect":          {outbound, func(a *ask) { a.Flags = filterapi.Discarding }, invalid},
 		"an address-based bind":         {redirect | bind, func(a *ask) { a.Flags = filterapi.AddressBased }, invalid},
 		"a wider redirect":              {redirect, func(a *ask) { a.Flags = filterapi.ToAll }, invalid},
+		"another network, not joined":   {outbound, func(a *ask) { a.at = "172.16.0.9:2000" }, filterapi.ErrNetworkDenied},
 		"wider than nothing":            {connect, func(a *ask) { a.Primary, a.Protocol, a.Flags = nil, "talk", filterapi.ToAll }, invalid},
 		"port 0":                        {all, func(a *ask) { a.at = "10.0.0.2:0" }, invalid},
 		"another family":                {all, func(a *ask) { a.at = "[2001:db8:b::10]:2000" }, invalid},

@@ -23,7 +23,9 @@ type PermissionInfo struct {
 	AddressBased bool
 	// Notify: a filter hears of each connection that stands.
 	Notify bool
-	// Living are the flows that it has let in.
+	// Flows are its uses that live; Living are those of them that pass the
+	// gateway.
+	Flows  int
 	Living []flow.Tuple
 	// Expires is zero if it does not.
 	Expires time.Time
@@ -55,7 +57,7 @@ func (p *permission) info() (PermissionInfo, bool) {
 	defer p.mu.Unlock()
 	i := PermissionInfo{
 		Permission: p.Permission, Session: p.session.id, Owner: p.session.addr, Protocol: p.standing.protocol,
-		AddressBased: p.addressBased, Notify: p.notify != nil, Expires: p.expiry, State: "used",
+		AddressBased: p.addressBased, Notify: p.notify != nil, Expires: p.expiry, Flows: p.flows, State: "used",
 	}
 	if p.standing.rule != nil {
 		i.Rule = p.standing.rule.Name

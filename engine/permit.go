@@ -63,7 +63,7 @@ func (e *Engine) stands(p *permission) bool {
 	p.mu.Lock()
 	b, discarding := p.basis, p.discarding
 	p.mu.Unlock()
-	return discarding || e.allowed(b)
+	return discarding || e.allowed(b) && (p.inbound() || p.session.joined(p.Proto, p.Target))
 }
 
 // abandon voids what a call that failed has made.

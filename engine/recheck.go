@@ -12,7 +12,12 @@ import (
 )
 
 // stillAllowed judges a flow, or what it stands on, by the policy in force.
-func (e *Engine) stillAllowed(c *connection) bool { return e.allowed(c.basis()) }
+func (e *Engine) stillAllowed(c *connection) bool {
+	if c.perm != nil {
+		return e.stands(c.perm)
+	}
+	return e.allowed(c.basis())
+}
 
 // Recheck ends what the policy in force no longer allows: flows in user
 // space, the kernel's flows (also those as just dumped from conntrack that
