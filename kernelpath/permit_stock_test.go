@@ -12,7 +12,7 @@ func TestStockPermissions(t *testing.T) {
 		"answer from another port": TestPermitAnswerFromAnotherPort, "source": TestPermitSource,
 		"ranges of sources": TestPermitRangesOfSources, "one way": TestPermitOneWay, "local": TestPermitLocal,
 		"every kind adopted": TestAdoptEveryKind, "small sets": TestAdoptSmallSets, "ranges that overlap": TestCommitRangesThatOverlap,
-		"against a model": TestCommitAgainstModel, "established": TestEstablishedWhileWanted,
+		"against a model": TestCommitAgainstModel,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel() // they wait more than they work
@@ -20,3 +20,5 @@ func TestStockPermissions(t *testing.T) {
 		})
 	}
 }
+
+func TestStockEstablished(t *testing.T) { TestEstablishedWhileWanted(t) }
