@@ -226,6 +226,10 @@ func TestB41HandlerFails(t *testing.T) {
 						s.rejected(l.Client, to(f.srv, 7), do)
 					}
 				}
+				s.on("ConnectTCP", "hold") // and nobody answers
+				if err := connect(l.Client, to(f.srv, 7), 5*time.Second); (err == nil) != setup.FailOpen {
+					t.Errorf("the handler misses its deadline: %v", err)
+				}
 				s.on("ConnectTCP", "not-supported") // that passes
 				s.dial(l.Client, to(f.srv, 7))
 				if n := len(s.p.Events(func(e lab.ProbeEvent) bool { return e.Kind == "Pump" })); n != 0 {

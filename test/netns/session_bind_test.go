@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -279,6 +280,42 @@ func TestB25AllowBindResults(t *testing.T) {
 		if r := s.p.Must("allow-bind", anyAddress); !r.Already {
 			t.Error("it was allowed before")
 		}
+		// Used up, it is closing for as long as its connection lives.
+		once, _ := s.bind(e, lab.ProbeArgs{Clients: []string{to(f.client, 4001).String()}})
+		l.Client.EchoTCP(4001)
+		s.dial(l.Srv, once)
+		noPermissionAt(t, s.g, once)
+		s.answers("Terminating", "allow-bind", ask(func(a *lab.ProbeArgs) { a.External = once.String() }))
+	})
+}
+
+// noPermissionAt waits until nobody is let in at an address any more.
+func noPermissionAt(t testing.TB, g *lab.Gateway, at netip.AddrPort) {
+	t.Helper()
+	lab.Eventually(t, 5*time.Second, "it is used up", func() bool {
+		return !slices.ContainsFunc(openPermissions(g), func(p permission) bool { return p.External == at.String() })
+	})
+}
+
+// B19 for binds: where inbound connections are sent is the session's own address
+// unless a flag widens that.
+func TestB19AllowedClients(t *testing.T) {
+	eachBound(t, func(s *scene, e primary) {
+		s.Client2.EchoTCP(4000)
+		for flag, want := range map[string]string{"": "PolicyDenied", "ToSameNet": "", "ToSameNetwork": "", "ToAll": ""} {
+			ask := lab.ProbeArgs{Proto: "tcp", Clients: []string{to(s.second, 4000).String()}}
+			if flag != "" {
+				ask.Flags = []string{flag}
+			}
+			r := s.p.Ask("bind", with(e, ask))
+			if r.Error != want {
+				s.t.Errorf("%q: error %q, want %q", flag, r.Error, want)
+			}
+			if want == "" {
+				s.dial(s.Srv, mustAddrPort(r.Addr))
+			}
+		}
+		s.refused("PolicyDenied", "bind", e, lab.ProbeArgs{Proto: "tcp", Clients: []string{to(s.srv, 4000).String()}, Flags: []string{"ToSameNetwork"}})
 	})
 }
 

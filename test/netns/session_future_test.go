@@ -204,6 +204,7 @@ func TestB17Established(t *testing.T) {
 func established(t *testing.T, l *lab.Lab, f family, flags []string) {
 	echoes(l)
 	l.Client.EchoTCP(4000)
+	l.Client.EchoUDP(4000)
 	l.SetupProbe("probe2", anywhere())
 	s := play(t, l, f, probed())
 	second := l.ProbeNamed("probe2")
@@ -235,9 +236,16 @@ func established(t *testing.T, l *lab.Lab, f family, flags []string) {
 		c := open(l.Client, proto, to(f.srv, 2100))
 		echo(t, c, "again")
 	}
-	bind := s.must("bind", e, ask("bind tcp", "tcp"))
-	open(l.Srv, "tcp", netip.MustParseAddrPort(bind.Addr))
-	for _, name := range []string{"redirect tcp", "redirect udp", "future tcp", "future udp", "bind tcp"} {
+	for _, proto := range []string{"tcp", "udp"} {
+		a := ask("bind "+proto, proto)
+		if proto == "udp" {
+			a.Flags = append([]string{"Bidirectional"}, flags...)
+		}
+		at, _ := s.bind(e, a)
+		open(l.Srv, proto, at)
+	}
+	all := []string{"redirect tcp", "redirect udp", "future tcp", "future udp", "bind tcp", "bind udp"}
+	for _, name := range all {
 		lab.Eventually(t, 3*time.Second, "an Established event for "+name, func() bool { return len(standing(name)) > 0 })
 		if all := standing(name); len(all) != 1 || all[0].Session != e.Session || all[0].Proto != name[len(name)-3:] {
 			t.Errorf("%s: %+v", name, all)
@@ -245,8 +253,8 @@ func established(t *testing.T, l *lab.Lab, f family, flags []string) {
 	}
 	s.must("future", e, ask("", "tcp"))
 	s.dial(l.Client, to(f.srv, 2100))
-	if n := s.count(s.p, "Established"); n != 5 {
-		t.Errorf("%d Established events, want 5: nobody asked for one of the last connection", n)
+	if n := s.count(s.p, "Established"); n != len(all) {
+		t.Errorf("%d Established events, want %d: nobody asked for one of the last connection", n, len(all))
 	}
 	if n := s.count(second, "Established"); n != 0 {
 		t.Errorf("another filter got %d Established events", n)
