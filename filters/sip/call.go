@@ -128,7 +128,9 @@ func (s *session) refusedOffer(t *transaction, code int) {
 	switch {
 	case c == nil:
 	case t.key.method == "INVITE" && t.initial && !c.confirmed, t.key.method != "PRACK" && (code == 481 || code == 408):
+		o := t.offer // the transaction itself may be forgotten already
 		s.endCall(c)
+		s.drop(c, o)
 	default:
 		s.drop(c, t.offer)
 		t.offer = nil
