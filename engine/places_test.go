@@ -213,3 +213,63 @@ func TestWiderTargets(t *testing.T) {
 		}
 	}
 }
+
+// TestHowUserSpaceCarries: what the flags say reaches it, and the kernel is
+// not asked for what it cannot do.
+func TestHowUserSpaceCarries(t *testing.T) {
+	const user = filterapi.NoKernelMode
+	for _, c := range []struct {
+		flags         filterapi.Flags
+		oneWay, burst bool
+	}{
+		{user, true, false}, {user | filterapi.Bidirectional, false, false}, {user | filterapi.Bidirectional | filterapi.IncreaseReceiveBuffer, false, true},
+	} {
+		b, f := officeBench(t)
+		s, _ := f.call(t, b, client, control, outer)
+		binds, err := s.BindForClient(filterapi.Bind{Negotiated: filterapi.Negotiated{Primary: s.primary, Proto: flow.UDP, Flags: c.flags}, Clients: []netip.AddrPort{ap("10.0.0.2:5000")}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if k := b.kernel.only(t); !k.ToUser || k.OneWay {
+			t.Errorf("kernel holds %+v", k)
+		}
+		d := b.Decide(context.Background(), flow.Packet{Tuple: flow.Tuple{Proto: flow.UDP, Src: ap("203.0.113.10:99"), Dst: binds[0].Tuple().Dst}, InIface: "wan0"})
+		if d.Path != flow.User || d.Takeover.OneWay != c.oneWay || d.Takeover.Burst != c.burst {
+			t.Errorf("flags 0x%x: %+v", c.flags, d.Takeover)
+		}
+	}
+	b, f := officeBench(t)
+	s, _ := f.call(t, b, client, control, outer)
+	inside, _, err := s.RedirectConnections(filterapi.Redirect{Negotiated: filterapi.Negotiated{Primary: s.primary, Proto: flow.UDP, Flags: user | filterapi.IncreaseReceiveBuffer}, Targets: []netip.AddrPort{ap("203.0.113.10:2000")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := b.Decide(context.Background(), flow.Packet{Tuple: flow.Tuple{Proto: flow.UDP, Src: ap("10.0.0.2:99"), Dst: inside}, InIface: "lan0"})
+	if d.Path != flow.User || d.Takeover.OneWay || !d.Takeover.Burst || d.Takeover.Dial.Target != ap("203.0.113.10:2000") {
+		t.Errorf("a redirection: %+v", d.Takeover)
+	}
+}
+
+// TestAReloadThatPartsNetworks: what leads to a network that none joins any
+// more is void, though its primary connection goes on.
+func TestAReloadThatPartsNetworks(t *testing.T) {
+	b, f := officeBench(t)
+	s, _ := f.call(t, b, client, control, outer)
+	for _, target := range []string{"192.168.1.9:2000", "203.0.113.10:2000"} {
+		if _, err := s.AllowFutureConnect(filterapi.FutureConnect{Negotiated: filterapi.Negotiated{Primary: s.primary, Proto: flow.TCP, Flags: filterapi.ToAll}, Target: ap(target)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	now := officePolicy(t)
+	parted, err := policy.New(now.Networks(), now.NetworkRules()[:1], now.Protocols(), now.Rules())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.SetPolicy(parted)
+	if err := b.Recheck(context.Background(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.Permissions(); len(got) != 1 || got[0].Target != ap("203.0.113.10:2000") {
+		t.Errorf("left: %+v", got)
+	}
+}
