@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/sluicegw/sluice/filterapi"
@@ -147,20 +148,23 @@ func TestAFactorysFilterFails(t *testing.T) {
 		for name, fn := range map[string]func(filterapi.Connection) (filterapi.DataFilter, error){
 			"error": func(filterapi.Connection) (filterapi.DataFilter, error) { return nil, errors.New("broken") },
 			"panic": func(filterapi.Connection) (filterapi.DataFilter, error) { panic("broken") },
-			"late":  func(filterapi.Connection) (filterapi.DataFilter, error) { select {} },
+			"late":  func(filterapi.Connection) (filterapi.DataFilter, error) { time.Sleep(time.Hour); return tagged{}, nil },
 		} {
-			p := &openProbe{probe: &probe{}, mode: mode}
-			b, _ := talkBench(t, p)
-			f := making(filterapi.ConnectTCP, webServer, "web")
-			f.New = fn
-			if _, err := idleSession(t, p.probe).SetDataFilterFactory(f); err != nil {
-				t.Fatal(err)
-			}
-			ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
-			if d := b.Decide(ctx, syn(client, webServer)); d.Path != want {
-				t.Errorf("%s, mode %d: path %v, want %v", name, mode, d.Path, want)
-			}
-			cancel()
+			synctest.Test(t, func(t *testing.T) {
+				p := &openProbe{probe: &probe{}, mode: mode}
+				b, _ := talkBench(t, p)
+				f := making(filterapi.ConnectTCP, webServer, "web")
+				f.New = fn
+				if _, err := idleSession(t, p.probe).SetDataFilterFactory(f); err != nil {
+					t.Fatal(err)
+				}
+				ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+				defer cancel()
+				if d := b.Decide(ctx, syn(client, webServer)); d.Path != want || ctx.Err() != nil {
+					t.Errorf("%s, mode %d: path %v, want %v, while the decision still counts (%v)", name, mode, d.Path, want, ctx.Err())
+				}
+				time.Sleep(2 * time.Hour)
+			})
 		}
 	}
 }
