@@ -41,6 +41,7 @@ type permission struct {
 	change   sync.Mutex // held across kernel changes of this permission
 	inKernel inKernel   // under change
 	freed    bool       // the leased port was returned; under change
+	opened   bool       // the kernel has been asked to let flows in; under change
 	watched  bool       // the kernel reports established flows for it; under change
 
 	mu         sync.Mutex

@@ -258,10 +258,20 @@ func (e *Engine) enforce(p *permission) error {
 		p.freed = true
 		e.perms.drop(p)
 		if p.lease.IsValid() {
-			e.ports.Return(p.Proto, p.lease)
+			e.unlease(p)
 		}
 	}
 	return nil
+}
+
+// unlease returns the leased port. One that was never open need not rest, so
+// that a client which only ever asks cannot use them all up.
+func (e *Engine) unlease(p *permission) {
+	if p.opened {
+		e.ports.Return(p.Proto, p.lease)
+	} else {
+		e.ports.Unlease(p.Proto, p.lease)
+	}
 }
 
 // bring makes the kernel hold what is wanted. Its reports of established flows
@@ -276,6 +286,7 @@ func (e *Engine) bring(p *permission, want inKernel, form nat.Permission, listen
 	case want == holdsNothing && p.inKernel != holdsNothing:
 		err = e.kernel.Remove(context.Background(), form)
 	case want == holdsOpening, want == holdsTranslation && p.inKernel != holdsTranslation:
+		p.opened = true
 		err = e.kernel.Install(context.Background(), form)
 	}
 	switch {

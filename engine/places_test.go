@@ -5,9 +5,12 @@ import (
 	"errors"
 	"net/netip"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
 	"github.com/sluicegw/sluice/policy"
 )
 
@@ -272,4 +275,38 @@ func TestAReloadThatPartsNetworks(t *testing.T) {
 	if got := b.Permissions(); len(got) != 1 || got[0].Target != ap("203.0.113.10:2000") {
 		t.Errorf("left: %+v", got)
 	}
+}
+
+// TestAPortThatWasNeverOpenIsFreeAgain: asking alone uses no ports up. One that
+// was open rests.
+func TestAPortThatWasNeverOpenIsFreeAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b, f := officeBench(t)
+		s, _ := f.call(t, b, client, control, outer)
+		ask := func(f *filterapi.IPFilter) error {
+			binds, err := s.BindForClient(filterapi.Bind{Negotiated: filterapi.Negotiated{Primary: s.primary, Proto: flow.TCP}, Clients: []netip.AddrPort{ap("10.0.0.2:5000")}, IPFilter: f})
+			if err == nil {
+				binds[0].Kill()
+			}
+			time.Sleep(2 * lateReports) // in the test's own time
+			return err
+		}
+		for i := range 20 {
+			if err := ask(filterapi.OnlyFrom()); err != nil {
+				t.Fatalf("reserved for the %d. time: %v", i+1, err)
+			}
+		}
+		for range 8 {
+			if err := ask(nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := ask(nil); !errors.Is(err, filterapi.ErrNoPorts) {
+			t.Errorf("all ports rest: %v", err)
+		}
+		time.Sleep(nat.Quarantine)
+		if err := ask(nil); err != nil {
+			t.Errorf("after their rest: %v", err)
+		}
+	})
 }

@@ -155,6 +155,14 @@ func (a *Allocator) Return(p flow.Proto, addr netip.AddrPort) {
 	}
 }
 
+// Unlease gives a lease back at which nobody could ever be reached: the port
+// need not rest.
+func (a *Allocator) Unlease(p flow.Proto, addr netip.AddrPort) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.leased, Endpoint{p, addr})
+}
+
 // wake ends the rest of the ports whose time has come, at most once a second.
 func (a *Allocator) wake() {
 	now := a.now()

@@ -79,9 +79,13 @@ func TestAllocatorAgainstModel(t *testing.T) {
 			}
 		case 3:
 			for p := range m.held {
-				a.Return(flow.TCP, netip.AddrPortFrom(addr, p))
 				delete(m.held, p)
-				m.rest[p] = now.Add(Quarantine)
+				if r.IntN(4) == 0 {
+					a.Unlease(flow.TCP, netip.AddrPortFrom(addr, p))
+				} else {
+					a.Return(flow.TCP, netip.AddrPortFrom(addr, p))
+					m.rest[p] = now.Add(Quarantine)
+				}
 				if r.IntN(3) == 0 {
 					break
 				}
