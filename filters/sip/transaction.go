@@ -106,7 +106,11 @@ func (t *transaction) answered(code int) {
 func (s *session) endTransaction(key transactionKey, t *transaction) {
 	delete(s.transactions, key)
 	s.letGo(t)
-	if t.final == 0 && t.own == nil && t.call != nil {
+	switch {
+	case t.call == nil:
+	case t.final != 0:
+		s.drop(t.call, t.offer) // what no answer has spoken of
+	case t.own == nil:
 		s.log.Debug("request without an answer", zap.String("method", key.method), zap.String("call", t.call.id))
 		s.refusedOffer(t, 408)
 	}
