@@ -55,6 +55,7 @@ type connection struct {
 	named     bool // a filter has set name
 	ended     bool
 	severed   bool          // cut, and known to its permission
+	pending   bool          // user space holds the first packet, and its permission knows
 	stands    bool          // it is established from end to end
 	announced chan struct{} // closed when a filter has heard of that; nil: none hears
 	hearers   []hearer

@@ -44,6 +44,9 @@ func (e *Engine) Decide(ctx context.Context, first flow.Packet) Decision {
 	if e.Policy() != rules && !e.stillAllowed(c) {
 		return e.refuse(c, refused{refusedPath(c), flow.CutByPolicy, "the rules changed meanwhile"})
 	}
+	if d.Path == flow.Kernel {
+		e.passed(c)
+	}
 	return d
 }
 
@@ -99,6 +102,7 @@ func (e *Engine) admit(rules *policy.Policy, p flow.Packet) (*connection, *refus
 	c := &connection{e: e, tuple: p.Tuple, inIface: p.InIface, start: e.now()}
 	if perm := e.usePermission(p.Tuple, false); perm != nil {
 		c.inherit(perm)
+		c.pending = true
 		if c.held = perm.session.ref(); !c.held {
 			return c, &refused{refusedPath(c), flow.Denied, "the session of its permission has ended"}
 		}

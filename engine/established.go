@@ -30,6 +30,7 @@ func (e *Engine) established(c *connection) bool {
 	if p == nil {
 		return true
 	}
+	e.passed(c)
 	p.mu.Lock()
 	p.unsettled--
 	p.mu.Unlock()

@@ -52,6 +52,7 @@ type permission struct {
 	flows      int                      // living flows that it let in
 	severed    int                      // those that were cut
 	unsettled  int                      // those that are not established yet
+	pending    int                      // those whose first packet user space holds
 	early      map[flow.Tuple]time.Time // established, and not known yet
 	filter     *filterapi.IPFilter
 	awaiting   bool // a bind without a client's address
@@ -151,6 +152,10 @@ func (p *permission) wanted() (inKernel, nat.Permission) {
 	// Nobody new comes in. What a flow on its way may need stays.
 	out.Timeout = 0
 	switch {
+	case p.ToUser && !p.inbound() && p.pending > p.severed:
+		// A first packet that is sent again finds the way to the one that user
+		// space holds; user space refuses all others.
+		return holdsWhatItHas, out
 	case p.inbound() && p.External != p.Client:
 		out.Sources, out.AnySource = nil, false
 		return holdsTranslation, out

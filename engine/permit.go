@@ -114,7 +114,7 @@ func (e *Engine) usePermission(t flow.Tuple, kernel bool) *permission {
 			break
 		}
 		for _, p := range all {
-			if e.use(p, t, late) {
+			if e.use(p, t, late, kernel) {
 				return p
 			}
 		}
@@ -122,7 +122,7 @@ func (e *Engine) usePermission(t flow.Tuple, kernel bool) *permission {
 	return nil
 }
 
-func (e *Engine) use(p *permission, t flow.Tuple, late bool) bool {
+func (e *Engine) use(p *permission, t flow.Tuple, late, kernel bool) bool {
 	p.mu.Lock()
 	if !p.admits(t.Src.Addr(), late) {
 		p.mu.Unlock()
@@ -130,6 +130,9 @@ func (e *Engine) use(p *permission, t flow.Tuple, late bool) bool {
 	}
 	p.flows++
 	p.unsettled++
+	if !kernel {
+		p.pending++
+	}
 	usedUp := !p.Multiple && p.endLocked(permUsed)
 	p.mu.Unlock()
 	if usedUp {
@@ -217,7 +220,28 @@ func (e *Engine) settle(c *connection) {
 		}()
 	}
 	c.mu.Unlock()
+	e.passed(c)
 	e.unuse(c.perm, stood)
+}
+
+// passed notes that user space does not hold the first packet of a flow any
+// more: what is sent again goes by the mark of the flow.
+func (e *Engine) passed(c *connection) {
+	c.mu.Lock()
+	pending := c.pending
+	c.pending = false
+	c.mu.Unlock()
+	if !pending {
+		return
+	}
+	p := c.perm
+	p.mu.Lock()
+	p.pending--
+	last := p.pending == 0 && p.state == permUsed && p.ToUser
+	p.mu.Unlock()
+	if last {
+		e.tasks.run(func() { _ = e.enforce(p) }) // it logs
+	}
 }
 
 // unuse gives one use of a permission back. stood: it was established.

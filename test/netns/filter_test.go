@@ -48,8 +48,7 @@ func TestB12DatagramFilter(t *testing.T) {
 	eachScene(t, func(s *scene) {
 		s.p.Must("on", lab.ProbeArgs{Kind: "UDPDestination", Do: "attach", Mode: "upper"})
 		c := s.Client.MustListenPacket(s.network("udp"), ":0")
-		send(s.t, c, to(s.srv, 7), "hello")
-		if from, text := receive(s.t, c); from != to(s.srv, 7) || text != "HELLO" {
+		if from, text := ask(s.t, c, to(s.srv, 7), "hello"); from != to(s.srv, 7) || text != "HELLO" {
 			s.t.Errorf("%q from %s", text, from)
 		}
 		conn := s.p.Await(3*time.Second, kindTo("UDPDestination", to(s.srv, 7).String())).Conn
@@ -69,8 +68,7 @@ func TestB14BufferSize(t *testing.T) {
 			a.Kind = "UDPDestination"
 			s.p.Must("on", a)
 			c := s.Client.MustListenPacket(s.network("udp"), ":0")
-			send(s.t, c, to(s.srv, 7), small)
-			receive(s.t, c)
+			ask(s.t, c, to(s.srv, 7), small)
 			send(s.t, c, to(s.srv, 7), large)
 			send(s.t, c, to(s.srv, 7), small)
 			if _, got := receive(s.t, c); got != want {

@@ -11,19 +11,34 @@ import (
 	"github.com/sluicegw/sluice/test/netns/lab"
 )
 
-// bound is a scene with echo servers at the client's ports 4000 to 4002, a
-// primary connection, and a probe that hears of secondary connections.
+// eachBound is eachFamily with echo servers at the client's ports 4000 to 4002, a
+// primary connection, and a probe that hears of secondary connections, which
+// therefore go through user space.
 func eachBound(t *testing.T, run func(s *scene, e primary)) {
 	eachFamily(t, func(t *testing.T, l *lab.Lab, f family) {
-		echoes(l)
-		for _, port := range []int{4000, 4001, 4002} {
-			l.Client.EchoTCP(port)
-			l.Client.EchoUDP(port)
-		}
 		l.SetupProbe("probe", watching())
-		s := play(t, l, f, probed())
-		run(s, s.connect())
+		bound(t, l, f, run)
 	})
+}
+
+// eachPath is eachBound twice: through user space, and with a probe that hears
+// of primary connections alone, where the kernel carries what comes in.
+func eachPath(t *testing.T, run func(s *scene, e primary)) {
+	t.Parallel()
+	t.Run("user", func(t *testing.T) { eachBound(t, run) })
+	t.Run("kernel", func(t *testing.T) {
+		eachFamily(t, func(t *testing.T, l *lab.Lab, f family) { bound(t, l, f, run) })
+	})
+}
+
+func bound(t *testing.T, l *lab.Lab, f family, run func(s *scene, e primary)) {
+	echoes(l)
+	for _, port := range []int{4000, 4001, 4002} {
+		l.Client.EchoTCP(port)
+		l.Client.EchoUDP(port)
+	}
+	s := play(t, l, f, probed())
+	run(s, s.connect())
 }
 
 // bind opens an address for the client's port 4000, or what a says.
@@ -49,7 +64,7 @@ func many(flags ...string) lab.ProbeArgs {
 
 // B20: BindForClient lets the named peer reach the client, and nobody else.
 func TestB20BindForClient(t *testing.T) {
-	eachBound(t, func(s *scene, e primary) {
+	eachPath(t, func(s *scene, e primary) {
 		at, conn := s.bind(e, lab.ProbeArgs{Sources: []string{}})
 		if at.Addr() != s.seen() {
 			s.t.Errorf("bound to %s, want an address of %s", at, s.seen())
@@ -73,7 +88,7 @@ func TestB20BindForClient(t *testing.T) {
 // B20: several clients' addresses on consecutive ports, an even one first if
 // that is asked for; an address that was asked for.
 func TestB20Several(t *testing.T) {
-	eachBound(t, func(s *scene, e primary) {
+	eachPath(t, func(s *scene, e primary) {
 		clients := []string{to(s.client, 4000).String(), to(s.client, 4001).String()}
 		for range 2 {
 			r := s.must("bind", e, lab.ProbeArgs{Proto: "udp", Clients: clients, Flags: []string{"EvenPort", "Bidirectional"}})
@@ -101,7 +116,7 @@ func TestB20Several(t *testing.T) {
 // B21: before the client's address is known a connection gets no answer; it can
 // be said once.
 func TestB21NoClientYet(t *testing.T) {
-	eachBound(t, func(s *scene, e primary) {
+	eachPath(t, func(s *scene, e primary) {
 		ask := many()
 		ask.Clients, ask.External = []string{to(s.any(), 0).String()}, to(s.spare, 0).String()
 		at, conn := s.bind(e, ask)
@@ -159,7 +174,7 @@ func TestB22SingleOrMultiple(t *testing.T) {
 // B33: sources can be changed while the bind is open; the copy that a filter
 // gets of them is its own.
 func TestB33SetIPFilter(t *testing.T) {
-	eachBound(t, func(s *scene, e primary) {
+	eachPath(t, func(s *scene, e primary) {
 		ask := many()
 		ask.Sources = []string{s.srv.String()}
 		at, conn := s.bind(e, ask)
@@ -204,7 +219,7 @@ func TestB23UnapprovedBind(t *testing.T) { unapproved(t, false) }
 func TestB24RetroactiveAllowBind(t *testing.T) { unapproved(t, true) }
 
 func unapproved(t *testing.T, approve bool) {
-	eachBound(t, func(s *scene, e primary) {
+	eachPath(t, func(s *scene, e primary) {
 		seen, outside := s.Client.Capture(), s.Srv.Capture()
 		tcp, _ := s.bind(e, many("Discarding"))
 		udp, _ := s.bind(e, lab.ProbeArgs{Proto: "udp", Flags: []string{"AllowMultiple", "Discarding"}})
@@ -232,8 +247,7 @@ func unapproved(t *testing.T, approve bool) {
 		defer c.Close()
 		echo(s.t, c, "at last")
 		nothing(s.t, early, "what was discarded")
-		send(s.t, early, udp, "late")
-		if from, text := receive(s.t, early); from != udp || text != "late" {
+		if from, text := ask(s.t, early, udp, "late"); from != udp || text != "late" {
 			s.t.Errorf("%q from %s", text, from)
 		}
 	})
@@ -300,7 +314,7 @@ func noPermissionAt(t testing.TB, g *lab.Gateway, at netip.AddrPort) {
 // B19 for binds: where inbound connections are sent is the session's own address
 // unless a flag widens that.
 func TestB19AllowedClients(t *testing.T) {
-	eachBound(t, func(s *scene, e primary) {
+	eachPath(t, func(s *scene, e primary) {
 		s.Client2.EchoTCP(4000)
 		for flag, want := range map[string]string{"": "PolicyDenied", "ToSameNet": "", "ToSameNetwork": "", "ToAll": ""} {
 			ask := lab.ProbeArgs{Proto: "tcp", Clients: []string{to(s.second, 4000).String()}}
@@ -321,7 +335,7 @@ func TestB19AllowedClients(t *testing.T) {
 
 // B26: the IP filter of the approval.
 func TestB26AllowBindFilter(t *testing.T) {
-	eachBound(t, func(s *scene, e primary) {
+	eachPath(t, func(s *scene, e primary) {
 		for i, sources := range [][]string{{}, {s.srv.String()}, nil} {
 			ask := many("Discarding")
 			ask.Clients = []string{to(s.client, 4000+i).String()}

@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -31,19 +32,39 @@ func (s *scene) redirect(e primary, a lab.ProbeArgs) (netip.AddrPort, lab.ProbeR
 	return at, r
 }
 
+// eachMode is eachScene twice: for permissions whose flows the kernel carries,
+// and for those with NoKernelMode. more are the mode's flags, and others.
+func eachMode(t *testing.T, run func(s *scene, more func(...string) []string)) {
+	t.Parallel()
+	for _, mode := range []string{"kernel", "user"} {
+		t.Run(mode, func(t *testing.T) {
+			eachScene(t, func(s *scene) {
+				run(s, func(flags ...string) []string {
+					if mode == "user" {
+						flags = append(flags, "NoKernelMode")
+					}
+					return flags
+				})
+			})
+		})
+	}
+}
+
 // next is the address whose port is i higher.
 func next(a netip.AddrPort, i int) netip.AddrPort { return to(a.Addr(), int(a.Port())+i) }
 
 // B1: a target behind an inside address of the gateway. The client never talks
 // to the target's own address; the server sees whom it would see otherwise.
 func TestB01Redirect(t *testing.T) {
-	for _, proto := range []string{"tcp", "udp"} {
-		t.Run(proto, func(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"tcp", "udp", "tcp-NoKernelMode", "udp-NoKernelMode"} {
+		t.Run(name, func(t *testing.T) {
+			proto, flag, _ := strings.Cut(name, "-")
 			eachFamily(t, func(t *testing.T, l *lab.Lab, f family) {
 				peers := map[string]*lab.Peers{"tcp": l.Srv.EchoTCP(2100), "udp": l.Srv.EchoUDP(2100)}[proto]
 				l.Srv.EchoTCP(7)
 				s := play(t, l, f, probed())
-				at, _ := s.redirect(s.connect(), lab.ProbeArgs{Proto: proto})
+				at, _ := s.redirect(s.connect(), lab.ProbeArgs{Proto: proto, Flags: strings.Fields(flag)})
 				inside := l.Client.Capture()
 				c := l.Client.MustDial(proto, at.String(), 5*time.Second)
 				echo(t, c, "to the target")
@@ -124,12 +145,12 @@ func TestB02NoPorts(t *testing.T) {
 
 // B3: one connection is the default; the next one is refused at once.
 func TestB03SingleUse(t *testing.T) {
-	eachScene(t, func(s *scene) {
-		at, _ := s.redirect(s.connect(), lab.ProbeArgs{})
+	eachMode(t, func(s *scene, more func(...string) []string) {
+		at, _ := s.redirect(s.connect(), lab.ProbeArgs{Flags: more()})
 		c := s.dial(s.Client, at)
 		s.rejected(s.Client, at, "the second time")
 		echo(s.t, c, "the first stays up")
-		at, _ = s.redirect(s.connect(), lab.ProbeArgs{Proto: "udp"})
+		at, _ = s.redirect(s.connect(), lab.ProbeArgs{Proto: "udp", Flags: more()})
 		u := s.talk(s.Client, at)
 		if err := udpError(s.Client.MustDial("udp", at.String(), time.Second)); err == nil || timedOut(err) {
 			s.t.Errorf("a second UDP socket: %v, want an ICMP error", err)
@@ -140,8 +161,8 @@ func TestB03SingleUse(t *testing.T) {
 
 // B3: the first SYN, sent again, still passes.
 func TestB03RetransmittedSYN(t *testing.T) {
-	eachScene(t, func(s *scene) {
-		at, _ := s.redirect(s.connect(), lab.ProbeArgs{})
+	eachMode(t, func(s *scene, more func(...string) []string) {
+		at, _ := s.redirect(s.connect(), lab.ProbeArgs{Flags: more()})
 		s.Srv.Run("nft", "add table inet slow; add chain inet slow in { type filter hook input priority 0; }; add rule inet slow in tcp dport 2100 drop")
 		seen := s.Srv.Capture()
 		result := dialling(s, s.Client, at)
@@ -161,8 +182,8 @@ func TestB03RetransmittedSYN(t *testing.T) {
 
 // B4: any number of connections with AllowMultiple.
 func TestB04AllowMultiple(t *testing.T) {
-	eachScene(t, func(s *scene) {
-		at, _ := s.redirect(s.connect(), lab.ProbeArgs{Flags: []string{"AllowMultiple"}})
+	eachMode(t, func(s *scene, more func(...string) []string) {
+		at, _ := s.redirect(s.connect(), lab.ProbeArgs{Flags: more("AllowMultiple")})
 		var all []net.Conn
 		for range 6 {
 			all = append(all, s.Client.MustDial("tcp", at.String(), 5*time.Second))
@@ -175,12 +196,12 @@ func TestB04AllowMultiple(t *testing.T) {
 
 // B5: unused it expires; a connection that was made before goes on.
 func TestB05Timeout(t *testing.T) {
-	eachScene(t, func(s *scene) {
+	eachMode(t, func(s *scene, more func(...string) []string) {
 		e := s.connect()
-		many, _ := s.redirect(e, lab.ProbeArgs{Flags: []string{"AllowMultiple", "Timeout"}, TimeoutMS: 1500})
+		many, _ := s.redirect(e, lab.ProbeArgs{Flags: more("AllowMultiple", "Timeout"), TimeoutMS: 1500})
 		made := s.dial(s.Client, many)
-		once, _ := s.redirect(e, lab.ProbeArgs{Flags: []string{"Timeout"}, TimeoutMS: 300})
-		s.must("future", e, lab.ProbeArgs{Proto: "tcp", Targets: []string{to(s.srv, 2101).String()}, Flags: []string{"Timeout"}, TimeoutMS: 300})
+		once, _ := s.redirect(e, lab.ProbeArgs{Flags: more("Timeout"), TimeoutMS: 300})
+		s.must("future", e, lab.ProbeArgs{Proto: "tcp", Targets: []string{to(s.srv, 2101).String()}, Flags: more("Timeout"), TimeoutMS: 300})
 		noPermissions(s.t, s.g)
 		s.rejected(s.Client, many, "expired")
 		s.rejected(s.Client, once, "expired")
@@ -220,11 +241,11 @@ func TestB06WithoutTimeout(t *testing.T) {
 
 // B7: Cancel voids what waits, and leaves what is connected alone.
 func TestB07Cancel(t *testing.T) {
-	eachScene(t, func(s *scene) {
+	eachMode(t, func(s *scene, more func(...string) []string) {
 		e := s.connect()
 		target := to(s.srv, 2101)
-		at, r := s.redirect(e, lab.ProbeArgs{})
-		future := s.must("future", e, lab.ProbeArgs{Proto: "tcp", Targets: []string{target.String()}}).Actions[0]
+		at, r := s.redirect(e, lab.ProbeArgs{Flags: more()})
+		future := s.must("future", e, lab.ProbeArgs{Proto: "tcp", Targets: []string{target.String()}, Flags: more()}).Actions[0]
 		for _, a := range []uint64{r.Actions[0], future} {
 			s.p.Must("cancel", lab.ProbeArgs{Action: a})
 			s.answers("Terminating", "cancel", lab.ProbeArgs{Action: a})
@@ -232,13 +253,13 @@ func TestB07Cancel(t *testing.T) {
 		s.rejected(s.Client, at, "cancelled")
 		s.silent(s.Client, target, "cancelled")
 
-		many, r := s.redirect(e, lab.ProbeArgs{Flags: []string{"AllowMultiple"}})
+		many, r := s.redirect(e, lab.ProbeArgs{Flags: more("AllowMultiple")})
 		c := s.dial(s.Client, many)
 		s.p.Must("cancel", lab.ProbeArgs{Action: r.Actions[0]})
 		s.rejected(s.Client, many, "cancelled")
 		echo(s.t, c, "goes on")
 
-		once, r := s.redirect(e, lab.ProbeArgs{})
+		once, r := s.redirect(e, lab.ProbeArgs{Flags: more()})
 		c = s.dial(s.Client, once)
 		noPermissions(s.t, s.g) // the gateway has heard that it is used up
 		s.answers("Terminating", "cancel", lab.ProbeArgs{Action: r.Actions[0]})
@@ -249,8 +270,8 @@ func TestB07Cancel(t *testing.T) {
 // B8: a permission is of its session alone: another client is refused at once,
 // and uses nothing up.
 func TestB08OtherSession(t *testing.T) {
-	eachScene(t, func(s *scene) {
-		at, _ := s.redirect(s.connect(), lab.ProbeArgs{})
+	eachMode(t, func(s *scene, more func(...string) []string) {
+		at, _ := s.redirect(s.connect(), lab.ProbeArgs{Flags: more()})
 		s.rejected(s.Client2, at, "of another client")
 		s.dial(s.Client, at)
 	})
@@ -264,15 +285,18 @@ func TestB15ExternalAddress(t *testing.T) {
 		l.Srv.EchoTCP(7)
 		s := play(t, l, f, probed())
 		e := s.connect()
-		many := lab.ProbeArgs{External: to(f.spare, 0).String(), Flags: []string{"AllowMultiple"}}
-		at, _ := s.redirect(e, many)
-		for range 2 {
-			s.dial(l.Client, at)
-		}
-		many.Proto, many.Targets = "tcp", []string{to(f.srv, 2100).String()}
-		s.must("future", e, many)
-		for range 2 {
-			s.dial(l.Client, to(f.srv, 2100))
+		for _, flags := range [][]string{{"AllowMultiple"}, {"AllowMultiple", "NoKernelMode"}} {
+			many := lab.ProbeArgs{External: to(f.spare, 0).String(), Flags: flags}
+			at, _ := s.redirect(e, many)
+			for range 2 {
+				s.dial(l.Client, at)
+			}
+			many.Proto, many.Targets = "tcp", []string{to(f.srv, 2100).String()}
+			future := s.must("future", e, many).Actions[0]
+			for range 2 {
+				s.dial(l.Client, to(f.srv, 2100))
+			}
+			s.p.Must("cancel", lab.ProbeArgs{Action: future})
 		}
 		saw := peers.Addrs()
 		for _, a := range saw {
@@ -293,10 +317,14 @@ func TestB61RedirectExternalPort(t *testing.T) {
 		peers := l.Srv.EchoTCP(2100)
 		l.Srv.EchoTCP(7)
 		s := play(t, l, f, probed())
-		at, _ := s.redirect(s.connect(), lab.ProbeArgs{External: to(f.spare, 61500).String()})
-		s.dial(l.Client, at)
-		if saw := peers.Addrs(); len(saw) != 1 || saw[0] != to(f.spare, 61500) {
-			t.Errorf("srv saw %v, want %s", saw, to(f.spare, 61500))
+		e := s.connect()
+		for i, flags := range [][]string{nil, {"NoKernelMode"}} {
+			from := to(f.spare, 61500+i)
+			at, _ := s.redirect(e, lab.ProbeArgs{External: from.String(), Flags: flags})
+			s.dial(l.Client, at)
+			if saw := peers.Addrs(); len(saw) != i+1 || saw[i] != from {
+				t.Errorf("srv saw %v, want %s at last", saw, from)
+			}
 		}
 	})
 }

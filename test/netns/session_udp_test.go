@@ -142,8 +142,7 @@ func TestB61FilterForOnePeer(t *testing.T) {
 		at, _ := s.bind(e, lab.ProbeArgs{Proto: "udp", Flags: []string{"AllowMultiple", "Bidirectional"}})
 		for peer, want := range map[*lab.Host]string{s.Srv: "HELLO", s.Other: "hello"} {
 			c := peer.MustListenPacket(s.network("udp"), ":5000")
-			send(s.t, c, at, "hello")
-			if from, text := receive(s.t, c); from != at || text != want {
+			if from, text := ask(s.t, c, at, "hello"); from != at || text != want {
 				s.t.Errorf("%s gets %q from %s, want %q", peer.Name, text, from, want)
 			}
 		}
@@ -169,8 +168,7 @@ func TestB61FilterForOneDestination(t *testing.T) {
 			want string
 		}{{to(f.srv, 7).String(), "HELLO"}, {to(f.other, 7).String(), "hello"}} {
 			peer := mustAddrPort(row.peer)
-			send(t, c, peer, "hello")
-			if from, text := receive(t, c); from != peer || text != row.want {
+			if from, text := ask(t, c, peer, "hello"); from != peer || text != row.want {
 				t.Errorf("%q from %s, want %q from %s", text, from, row.want, peer)
 			}
 		}
@@ -191,8 +189,7 @@ func TestB61FilterOfForgottenPeer(t *testing.T) {
 			return func(e lab.ProbeEvent) bool { return e.Kind == kind }
 		}
 		for turn := 1; turn <= 2; turn++ {
-			send(t, client, to(f.srv, 7), "hello")
-			if from, text := receive(t, client); from != to(f.srv, 7) || text != "HELLO" {
+			if from, text := ask(t, client, to(f.srv, 7), "hello"); from != to(f.srv, 7) || text != "HELLO" {
 				t.Errorf("%q from %s", text, from)
 			}
 			lab.Eventually(t, 10*time.Second, "the data filter is called off", func() bool { return len(s.p.Events(kinds("PumpEnd"))) == turn })
