@@ -7,6 +7,8 @@ import (
 	"github.com/sluicegw/sluice/flow"
 )
 
+const allowFlags = filterapi.Bidirectional | filterapi.IncreaseReceiveBuffer
+
 // RetroactiveAllowBind implements filterapi.Session.
 func (s *session) RetroactiveAllowBind(a filterapi.AllowBind) (already bool, err error) {
 	fail := func(err error) (bool, error) {
@@ -14,7 +16,7 @@ func (s *session) RetroactiveAllowBind(a filterapi.AllowBind) (already bool, err
 	}
 	switch {
 	case !a.Proto.HasPorts(), !a.Address.IsValid(), a.Address.Port() == 0, a.Address.Addr().Is4() != s.addr.Is4(),
-		a.Flags&^udpFlags != 0, a.Flags != 0 && a.Proto != flow.UDP, !suits(a.IPFilter, s.addr):
+		a.Flags&^allowFlags != 0, a.Proto != flow.UDP && a.Flags&udpFlags != 0, !suits(a.IPFilter, s.addr):
 		return fail(filterapi.ErrInvalidArgument)
 	}
 	p, err := s.findBind(a)

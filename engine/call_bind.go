@@ -12,7 +12,8 @@ import (
 	"github.com/sluicegw/sluice/policy"
 )
 
-const bindFlags = commonFlags | widerFlags | udpFlags | filterapi.EvenPort | filterapi.Discarding
+const bindFlags = commonFlags | widerFlags | filterapi.Bidirectional | filterapi.IncreaseReceiveBuffer |
+	filterapi.EvenPort | filterapi.Discarding
 
 // place is where the binds of one call are opened.
 type place struct {

@@ -16,7 +16,7 @@ const (
 	widerFlags   = filterapi.ToSameNet | filterapi.ToSameNetwork | filterapi.ToAll
 	commonFlags  = filterapi.AllowMultiple | filterapi.Timeout | filterapi.NoKernelMode
 	connectFlags = commonFlags | widerFlags | filterapi.AddressBased
-	udpFlags     = filterapi.Bidirectional | filterapi.IncreaseReceiveBuffer
+	udpFlags     = filterapi.Bidirectional // those that TCP does not take
 )
 
 // terms are what a permission call has found out about what it was given.

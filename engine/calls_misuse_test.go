@@ -201,7 +201,6 @@ func TestMisuseOfPermissionCalls(t *testing.T) {
 		"a negative expiry":             {all, func(a *ask) { a.Flags, a.Expiry = filterapi.Timeout, -1 }, invalid},
 		"bidirectional TCP":             {bind, func(a *ask) { a.Proto, a.Flags = flow.TCP, filterapi.Bidirectional }, invalid},
 		"bidirectional outbound":        {outbound, func(a *ask) { a.Proto, a.Flags = flow.UDP, filterapi.Bidirectional }, invalid},
-		"a TCP burst":                   {redirect | bind, func(a *ask) { a.Proto, a.Flags = flow.TCP, filterapi.IncreaseReceiveBuffer }, invalid},
 		"a burst in the kernel":         {connect, func(a *ask) { a.Proto, a.Flags = flow.UDP, filterapi.IncreaseReceiveBuffer }, invalid},
 		"an even target":                {outbound, func(a *ask) { a.Flags = filterapi.EvenPort }, invalid},
 		"a discarding connect":          {outbound, func(a *ask) { a.Flags = filterapi.Discarding }, invalid},

@@ -150,6 +150,36 @@ func TestTheSourceThatIsAskedFor(t *testing.T) {
 	}
 }
 
+// TestSourceOfACutFlow: the target is free for another source as soon as the
+// flow is cut, and not only when it has ended.
+func TestSourceOfACutFlow(t *testing.T) {
+	b, f := officeBench(t)
+	s, _ := f.call(t, b, client, control, outer)
+	n := filterapi.Negotiated{Primary: s.primary, Proto: flow.TCP}
+	allow := func(from string) {
+		t.Helper()
+		if _, err := s.AllowFutureConnect(filterapi.FutureConnect{Negotiated: n, Target: ap("203.0.113.10:2000"), External: ap(from)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	allow("203.0.113.2:7000")
+	first := syn("10.0.0.2:40009", "203.0.113.10:2000")
+	b.KernelUsed(first)
+	b.calm()
+	c := b.flows.find(first.Tuple)
+	c.Kill()
+	c.Kill()
+	if !b.kernel.empty() {
+		t.Errorf("after the cut the kernel holds %v", b.kernel.held)
+	}
+	allow("203.0.113.2:7002")
+	b.KernelEnded(flow.End{Tuple: first.Tuple, Path: flow.Kernel, Result: flow.Closed})
+	b.calm()
+	if k := b.kernel.only(t); k.Source != ap("203.0.113.2:7002") || len(b.Permissions()) != 1 {
+		t.Errorf("the kernel holds %+v, permissions %+v", k, b.Permissions())
+	}
+}
+
 // TestPermissionsByProtocol: they stand on the rule that allows the protocol
 // by its name, and fall with it.
 func TestPermissionsByProtocol(t *testing.T) {

@@ -28,7 +28,8 @@ const (
 	// bind. By default its answers are lost.
 	Bidirectional
 	// IncreaseReceiveBuffer: where user space carries the flow, a burst of
-	// 64 KiB of UDP payload waits without loss.
+	// 64 KiB of UDP payload waits without loss. TCP holds its sender back
+	// instead, and takes the flag without effect.
 	IncreaseReceiveBuffer
 	// EvenPort: the lowest external port of a bind is even, as RTP wants it
 	// (RFC 3550, section 11). Where nothing is translated it has no effect.

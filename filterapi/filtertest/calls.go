@@ -17,7 +17,7 @@ const (
 	bindFlags     = filterapi.AllowMultiple | filterapi.Timeout | filterapi.NoKernelMode | filterapi.Bidirectional |
 		filterapi.IncreaseReceiveBuffer | filterapi.EvenPort | filterapi.Discarding | reachFlags
 	allowFlags = filterapi.Bidirectional | filterapi.IncreaseReceiveBuffer
-	udpFlags   = filterapi.Bidirectional | filterapi.IncreaseReceiveBuffer
+	udpFlags   = filterapi.Bidirectional // those that TCP does not take
 )
 
 // check holds what the permission calls have in common. It gives the primary

@@ -139,7 +139,6 @@ func redirectTable() (out []example) {
 		{"one bad target", filterapi.ErrInvalidArgument, func(r *filterapi.Redirect) { r.Targets = append(r.Targets, netip.AddrPort{}) }},
 		{"a target with port 0", filterapi.ErrInvalidArgument, func(r *filterapi.Redirect) { r.Targets[0] = netip.AddrPortFrom(server.Addr(), 0) }},
 		{"address based", filterapi.ErrInvalidArgument, func(r *filterapi.Redirect) { r.Flags = filterapi.AddressBased }},
-		{"a receive buffer for TCP", filterapi.ErrInvalidArgument, func(r *filterapi.Redirect) { r.Flags = filterapi.IncreaseReceiveBuffer }},
 		{"to all", filterapi.ErrInvalidArgument, func(r *filterapi.Redirect) { r.Flags = filterapi.ToAll }},
 		{"another host", nil, func(r *filterapi.Redirect) { r.Targets[0] = netip.MustParseAddrPort("203.0.113.11:5001") }},
 		{"many from one port", filterapi.ErrInvalidArgument, func(r *filterapi.Redirect) {
@@ -174,7 +173,6 @@ func bindTable() (out []example) {
 		{"two clients", nil, func(b *filterapi.Bind) { b.Clients = append(b.Clients, netip.AddrPortFrom(client.Addr(), 6001)) }},
 		{"address based", filterapi.ErrInvalidArgument, func(b *filterapi.Bind) { b.Flags = filterapi.AddressBased }},
 		{"bidirectional TCP", filterapi.ErrInvalidArgument, func(b *filterapi.Bind) { b.Flags = filterapi.Bidirectional }},
-		{"a receive buffer for TCP", filterapi.ErrInvalidArgument, func(b *filterapi.Bind) { b.Flags = filterapi.IncreaseReceiveBuffer }},
 		{"bidirectional UDP", nil, func(b *filterapi.Bind) { b.Proto, b.Flags = flow.UDP, filterapi.Bidirectional }},
 		{"IP filter of another family", filterapi.ErrInvalidArgument, func(b *filterapi.Bind) {
 			b.IPFilter = filterapi.OnlyFrom(netip.MustParseAddr("2001:db8::1"))

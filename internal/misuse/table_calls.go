@@ -28,7 +28,6 @@ func allowTable() (out []example) {
 		{"no address", filterapi.ErrInvalidArgument, func(a *filterapi.AllowBind) { a.Address = netip.AddrPort{} }},
 		{"bad protocol", filterapi.ErrInvalidArgument, func(a *filterapi.AllowBind) { a.Proto = flow.ICMP }},
 		{"bidirectional TCP", filterapi.ErrInvalidArgument, func(a *filterapi.AllowBind) { a.Flags = filterapi.Bidirectional }},
-		{"a receive buffer for TCP", filterapi.ErrInvalidArgument, func(a *filterapi.AllowBind) { a.Flags = filterapi.IncreaseReceiveBuffer }},
 		{"the other family", filterapi.ErrInvalidArgument, func(a *filterapi.AllowBind) { a.Address = netip.MustParseAddrPort("[2001:db8::1]:1") }},
 		{"unknown flag", filterapi.ErrInvalidArgument, func(a *filterapi.AllowBind) { a.Flags = filterapi.AllowMultiple }},
 		{"unknown port", filterapi.ErrNotFound, func(a *filterapi.AllowBind) { a.Address = netip.AddrPortFrom(outside, 1) }},
