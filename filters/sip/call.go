@@ -27,6 +27,8 @@ type call struct {
 	// offer is the last one that came in an answer, and is answered by an ACK
 	// or a PRACK.
 	offer *offer
+	// offers counts them; agreed is the number of the last one with an answer.
+	offers, agreed int
 }
 
 // maxPeers bounds the hosts outside that speak in one call: a proxy, and the
@@ -35,6 +37,7 @@ const maxPeers = 4
 
 // offer is a description that waits for its answer.
 type offer struct {
+	number  int
 	outward bool // the client made it
 	lines   []offered
 }

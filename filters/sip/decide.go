@@ -43,7 +43,7 @@ func (s *session) request(c *channel, key transactionKey, m *message) outcome {
 	again := t != nil
 	switch {
 	case !again:
-		t = s.remember(key, m)
+		t = s.remember(c, key, m)
 	case t.own != nil:
 		return outcome{answer: c.respond(m, key.outward, t.own)}
 	case m.method == "INVITE" && t.final != 0:
@@ -56,7 +56,7 @@ func (s *session) request(c *channel, key transactionKey, m *message) outcome {
 		return s.refuse(c, t, key.outward, m, no)
 	}
 	if key.outward {
-		c.addVia(m)
+		c.addVia(m, t.named)
 	} else if no := s.toContact(c, m); no != nil {
 		return s.refuse(c, t, key.outward, m, no)
 	}
@@ -143,15 +143,18 @@ func (s *session) acknowledge(c *channel, t *transaction, outward bool, m *messa
 	if no := s.nameContacts(c, &transaction{}, nil, m); no != nil {
 		return outcome{}
 	}
-	c.addVia(m)
+	named := c.name
+	if t != nil {
+		named = t.named
+	}
+	c.addVia(m, named)
 	return outcome{forward: m.bytes()}
 }
 
 // cancelled gives the INVITE that a CANCEL is for no more time than its answer
 // needs.
 func (s *session) cancelled(key transactionKey) {
-	key.method = "INVITE"
-	if t := s.transactions[key]; t != nil && t.final == 0 {
+	if t := s.transactions[key.invite()]; t != nil && t.final == 0 {
 		t.until = time.Now().Add(answerTime)
 	}
 }
@@ -245,13 +248,14 @@ func (s *session) dropReplaced(call *call, former *offer) {
 
 // addVia has the answers sent to the gateway: the client's own address means
 // nothing outside. Whether or not the far end knows of rport, they come back to
-// where the request came from.
-func (c *channel) addVia(m *message) {
+// where the request came from. One that belongs to another request has the name
+// of that, whichever connection it leaves by.
+func (c *channel) addVia(m *message, named netip.AddrPort) {
 	if c.name == c.inside {
 		return
 	}
 	v, _ := m.topVia()
-	v.host, v.port = c.name.Addr().String(), c.name.Port()
+	v.host, v.port = named.Addr().String(), named.Port()
 	m.setVia(v)
 }
 

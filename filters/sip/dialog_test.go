@@ -325,3 +325,34 @@ func TestPanicEndsOneConnection(t *testing.T) {
 		t.Error("a session that is over takes a turn")
 	}
 }
+
+// An answer that comes late changes nothing, and a CANCEL has the name of its
+// INVITE though it leaves by another connection.
+func TestLateAnswerAndCancel(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := filtertest.New(t, New(), "")
+		fl := associate(t, g, client4, proxy4)
+		fl.Client.Send(request("INVITE", bob.uri, alice, bob, "1", "", sdp("10.0.0.2", "4000")))
+		invite := receive(fl.Server)
+		fl.Server.Send(answer(t, invite, "183 Progress", "b1", bob.contact, sdp("203.0.113.10", "6000")))
+		receive(fl.Client)
+		fl.Server.Send(request("UPDATE", "sip:alice@203.0.113.1:40000", bob, alice, "u", ";tag=a1", sdp("203.0.113.10", "6004")))
+		fl.Client.Send(answer(t, receive(fl.Client), "200 OK", "a1", alice.contact, sdp("10.0.0.2", "4000")))
+		contains(t, "200", receive(fl.Server), "m=audio 40002 ")
+		want := []string{contact0, rtp0, rtcp0, "udp 10.0.0.2 > 203.0.113.10:6004 as 203.0.113.1:40002", "udp 10.0.0.2 > 203.0.113.10:6005 as 203.0.113.1:40003"}
+		open(t, g, want...)
+		fl.Server.Send(answer(t, invite, "183 Progress", "b1", bob.contact, sdp("203.0.113.10", "6000")))
+		contains(t, "183", receive(fl.Client), "m=audio 6000 ")
+		open(t, g, want...)
+
+		in, err := g.Inbound(flow.UDP, netip.MustParseAddrPort("203.0.113.10:5999"), netip.MustParseAddrPort("203.0.113.1:40000"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		in.Client.Send(request("CANCEL", bob.uri, alice, bob, "1", "", ""))
+		cancel := receive(in.Server)
+		contains(t, "CANCEL", cancel, "Via: SIP/2.0/UDP 203.0.113.1:5060;branch=z9hG4bK1\r\n")
+		in.Server.Send(answer(t, cancel, "200 OK", "b1", "", ""))
+		contains(t, "200", receive(in.Client), "Via: SIP/2.0/UDP 10.0.0.2:5060;branch=z9hG4bK1\r\n")
+	})
+}

@@ -62,7 +62,8 @@ func (s *session) offerOf(c *channel, call *call, outward bool, m *message) (*of
 	if err != nil {
 		return nil, malformed(err)
 	}
-	o := &offer{outward: outward}
+	call.offers++
+	o := &offer{number: call.offers, outward: outward}
 	for i, line := range d.media {
 		var l offered
 		var no *refusal
@@ -164,6 +165,15 @@ func (s *session) answerOf(c *channel, call *call, o *offer, m *message) {
 		m.setBody(nil)
 		return
 	}
+	if o.number < call.agreed {
+		// It comes late: the two have agreed on something else since.
+		if !o.outward {
+			s.repeat(c, call, d)
+		}
+		m.setBody(d.bytes())
+		return
+	}
+	call.agreed = o.number
 	for i, line := range d.media {
 		var st *stream
 		why := ""
@@ -190,6 +200,20 @@ func (s *session) answerOf(c *channel, call *call, o *offer, m *message) {
 		s.hideIn(c, d)
 	}
 	m.setBody(d.bytes())
+}
+
+// repeat writes the present external addresses into an answer of the client's,
+// and opens nothing.
+func (s *session) repeat(c *channel, call *call, d *description) {
+	for i, line := range d.media {
+		e, why := s.mine(d, line)
+		if why == "" && line.port != 0 && i < len(call.streams) && call.streams[i] != nil && call.streams[i].client == e {
+			d.name(line, e, call.streams[i], c.name.Addr())
+		} else {
+			d.disable(line)
+		}
+	}
+	s.hideIn(c, d)
 }
 
 // replace releases the stream of a media line if it is another one.

@@ -36,6 +36,8 @@ type transaction struct {
 	host  string
 	port  uint16
 	rport bool
+	// named is what the gateway writes there instead.
+	named netip.AddrPort
 	// final is the code of the final answer, or 0.
 	final int
 	// own is the gateway's answer: the other side never saw the request.
@@ -49,6 +51,12 @@ type transaction struct {
 	wants []binding
 	aor   string
 	all   bool // it takes all away
+}
+
+// invite is the key of the INVITE that a CANCEL is for.
+func (k transactionKey) invite() transactionKey {
+	k.method = "INVITE"
+	return k
 }
 
 // use is what a transaction's contacts are kept by until its answer.
@@ -76,13 +84,16 @@ func keyOf(c *channel, outward bool, m *message) transactionKey {
 }
 
 // remember makes the transaction of a new request; nil: there are too many.
-func (s *session) remember(key transactionKey, m *message) *transaction {
+func (s *session) remember(c *channel, key transactionKey, m *message) *transaction {
 	if len(s.transactions) >= maxTransactions {
 		return nil
 	}
 	v, _ := m.topVia()
-	t := &transaction{key: key, until: time.Now().Add(answerTime), host: v.host, port: v.port}
+	t := &transaction{key: key, until: time.Now().Add(answerTime), host: v.host, port: v.port, named: c.name}
 	_, t.rport = v.param("rport")
+	if invite := s.transactions[key.invite()]; key.method == "CANCEL" && invite != nil {
+		t.named = invite.named // by its Via the far end knows what it cancels
+	}
 	if key.method == "INVITE" {
 		t.until = time.Now().Add(inviteTime)
 	}
