@@ -24,7 +24,7 @@ func TestB47Disconnect(t *testing.T) {
 		other := s.dial(l.Client2, to(f.srv, 7))
 		at, _ := s.redirect(e, lab.ProbeArgs{Flags: []string{"AllowMultiple"}})
 		own := map[string]net.Conn{
-			"kernel": e, "user": s.dial(l.Client, to(f.srv, 2102)), "secondary": s.dial(l.Client, at),
+			"kernel": e, "user": s.dial(l.Client, to(f.srv, 2102)), "secondary": s.dial(l.Client, at), "plain": s.dial(l.Client, to(f.srv, 8)),
 		}
 		s.must("future", e, lab.ProbeArgs{Proto: "tcp", Targets: []string{to(f.srv, 2101).String()}})
 		if out, status := s.g.Command("sessions", "disconnect", fmt.Sprint(e.Session)); status != 0 {
