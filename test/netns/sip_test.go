@@ -270,7 +270,7 @@ func TestSIPRegistrationExpires(t *testing.T) {
 }
 
 // What a call must not open: media of hosts that have no part in it.
-func TestSIPThirdHosts(t *testing.T) {
+func TestB60SIPThirdHosts(t *testing.T) {
 	t.Parallel()
 	l := lab.New(t)
 	g := l.Gateway(sipConfig("media: [203.0.113.11, \"2001:db8:b::11\"]"))
@@ -341,7 +341,7 @@ func viaOf(t testing.TB, message string) netip.AddrPort {
 
 // B60: an HTTP request to port 5060, with a REGISTER in a segment of its own,
 // opens nothing.
-func TestSIPSlipstream(t *testing.T) {
+func TestB60SIPSlipstream(t *testing.T) {
 	t.Parallel()
 	l := lab.New(t)
 	l.Client.EchoTCP(3306)

@@ -266,7 +266,7 @@ func TestTFTPTwoServers(t *testing.T) {
 
 // What is no request is answered by the gateway, or lost; the server hears
 // nothing of it, and nothing opens.
-func TestTFTPMalformed(t *testing.T) {
+func TestB60TFTPMalformed(t *testing.T) {
 	t.Parallel()
 	l := lab.New(t)
 	seen := l.Srv.Capture()
