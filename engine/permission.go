@@ -45,6 +45,7 @@ type permission struct {
 	watched  bool       // the kernel reports established flows for it; under change
 
 	mu         sync.Mutex
+	granted    bool // the call may open it: filters and the quota have had their say
 	basis      basis
 	standing   standing
 	state      permState
@@ -140,7 +141,7 @@ func (p *permission) admits(src netip.Addr, late bool) bool {
 func (p *permission) wanted() (inKernel, nat.Permission) {
 	out := p.Permission
 	out.OneWay = p.OneWay && !p.ToUser // else user space sees to it
-	if p.emulated || p.forSocketsAlone() {
+	if !p.granted || p.emulated || p.forSocketsAlone() {
 		return holdsNothing, out
 	}
 	if p.state == permWaiting && !p.shut() && (!p.inbound() || p.AnySource || len(p.Sources) > 0) {

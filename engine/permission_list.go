@@ -62,6 +62,9 @@ func (s *permissions) add(quota int, perms ...*permission) error {
 	}
 	for _, p := range perms {
 		p.counted = true
+		p.mu.Lock()
+		p.granted = true
+		p.mu.Unlock()
 		s.byClient[owner.addr]++
 		owner.perms[p] = struct{}{}
 		s.list(p)
