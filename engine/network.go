@@ -80,8 +80,8 @@ func (s *session) mayDial(t flow.Tuple) (*permission, error) {
 // sessionSocket is what a session has open on the network.
 type sessionSocket interface {
 	io.Closer
-	// judged is what the rules were asked about; false: they were not.
-	judged() (flow.Tuple, bool)
+	// ruling is what the rules in force say of it.
+	ruling() error
 }
 
 // socket is one of a session's, which is closed at the session's end. It
@@ -102,8 +102,16 @@ func (c *socket) Close() error {
 	return err
 }
 
-// judged implements sessionSocket: a permission may have let it be.
-func (c *socket) judged() (flow.Tuple, bool) { return c.tuple, c.perm == nil }
+// ruling implements sessionSocket: a permission may have let it be.
+func (c *socket) ruling() error {
+	if c.perm == nil {
+		return c.s.e.ruling(c.tuple, "")
+	}
+	if !c.s.e.stands(c.perm) {
+		return filterapi.ErrPolicyDenied
+	}
+	return nil
+}
 
 func (c *socket) settle() {
 	if c.perm != nil {
@@ -111,7 +119,9 @@ func (c *socket) settle() {
 	}
 }
 
-// adopt takes a socket in. When the session has ended it is closed.
+// adopt takes a socket in. When the session has ended it is closed, and also
+// when the rules have changed since they were asked: whoever changed them found
+// it among the session's, or it is found here.
 func (s *session) adopt(c sessionSocket) error {
 	s.mu.Lock()
 	if s.ended || s.closing {
@@ -124,6 +134,10 @@ func (s *session) adopt(c sessionSocket) error {
 	}
 	s.sockets[c] = struct{}{}
 	s.mu.Unlock()
+	if err := c.ruling(); err != nil {
+		_ = c.Close() // it was never used
+		return err
+	}
 	return nil
 }
 
@@ -148,7 +162,7 @@ func (e *Engine) recheckSockets() {
 		all := slices.Collect(maps.Keys(s.sockets))
 		s.mu.Unlock()
 		for _, x := range all {
-			if t, ok := x.judged(); ok && e.ruling(t, "") != nil {
+			if x.ruling() != nil {
 				_ = x.Close() // nobody asks any more
 			}
 		}

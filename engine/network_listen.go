@@ -82,8 +82,7 @@ func (n network) open(p flow.Proto, at netip.AddrPort, got net.Addr, c io.Closer
 	}}
 	if n.s != nil {
 		// Whoever may talk to the address may have a socket there.
-		t, _ := r.judged()
-		if err := n.e.ruling(t, ""); err != nil {
+		if err := r.ruling(); err != nil {
 			return nil, errors.Join(err, c.Close())
 		}
 	}
@@ -112,10 +111,13 @@ type restricted struct {
 	closed bool
 }
 
-// judged implements sessionSocket: may the client talk to it?
-func (r *restricted) judged() (flow.Tuple, bool) {
-	return flow.Tuple{Proto: r.form.Proto, Src: netip.AddrPortFrom(r.s.addr, 0), Dst: r.form.External}, true
+// tuple is what the rules are asked about: may the client talk to it?
+func (r *restricted) tuple() flow.Tuple {
+	return flow.Tuple{Proto: r.form.Proto, Src: netip.AddrPortFrom(r.s.addr, 0), Dst: r.form.External}
 }
+
+// ruling implements sessionSocket.
+func (r *restricted) ruling() error { return r.e.ruling(r.tuple(), "") }
 
 // SetIPFilter implements filterapi.Restrictable. After an error nobody may
 // come.
@@ -185,8 +187,7 @@ func (l listener) Accept() (net.Conn, error) {
 	if err != nil || l.s == nil {
 		return conn, err
 	}
-	t, _ := l.judged()
-	c := &socket{Closer: conn, s: l.s, tuple: t}
+	c := &socket{Closer: conn, s: l.s, tuple: l.tuple()}
 	if err := l.s.adopt(c); err != nil {
 		return nil, err
 	}
