@@ -43,7 +43,11 @@ func (s *session) RetroactiveAllowBind(a filterapi.AllowBind) (already bool, err
 		}
 		return true, nil
 	}
-	if err := s.e.enforce(p); err != nil {
+	err = s.e.enforce(p)
+	if err == nil && !s.e.stands(p) {
+		err = filterapi.ErrPolicyDenied // the rules have changed meanwhile
+	}
+	if err != nil {
 		p.disallow(before)
 		s.e.tasks.run(func() { _ = s.e.enforce(p) }) // it logs and tries again
 		return fail(err)

@@ -112,7 +112,7 @@ func (s *session) findPlace(b filterapi.Bind, t terms) (place, error) {
 			return place{}, err
 		}
 	} else {
-		if port != 0 && s.translated(b.Proto, b.External) {
+		if port != 0 && t.primary != nil && t.primary.translated(b.Proto, b.External) {
 			return s.lent(b)
 		}
 		if !s.own(addr) {
@@ -138,18 +138,10 @@ func (s *session) findPlace(b filterapi.Bind, t terms) (place, error) {
 	return place{first: b.External, leased: true}, nil
 }
 
-// translated says whether an address is what a living flow of the client is
-// translated to.
-func (s *session) translated(proto flow.Proto, a netip.AddrPort) bool {
-	for _, c := range s.e.flows.all() {
-		if c.tuple.Proto != proto || c.session.addr != s.addr {
-			continue
-		}
-		if name, err := c.ExternalName(); err == nil && name == a {
-			return true
-		}
-	}
-	return false
+// translated says whether an address is what a flow is translated to.
+func (c *connection) translated(proto flow.Proto, a netip.AddrPort) bool {
+	name, err := c.ExternalName()
+	return err == nil && name == a && c.tuple.Proto == proto
 }
 
 // lent is the place of a bind at the end of a living flow, which holds the

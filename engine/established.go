@@ -33,8 +33,9 @@ func (e *Engine) established(c *connection) bool {
 	e.passed(c)
 	p.mu.Lock()
 	p.unsettled--
+	quiet := p.quiet()
 	p.mu.Unlock()
-	if p.notify != nil {
+	if quiet {
 		e.tasks.run(func() { _ = e.enforce(p) }) // it logs
 	}
 	if told != nil {
@@ -82,17 +83,32 @@ func (e *Engine) KernelEstablished(t flow.Tuple) {
 	if c := e.flows.find(t); c != nil && c.inKernel() && e.established(c) {
 		return
 	}
-	// The word that a permission let it in may still be on its way.
+	// The word that a permission let it in may still be on its way, and which
+	// one of several did.
+	heard := false
 	for _, p := range e.perms.find(t) {
-		if p.notify == nil {
-			continue
+		if p.notify != nil {
+			p.heardEarly(t, e.now())
+			heard = true
 		}
-		p.heardEarly(t, e.now())
-		if c := e.flows.find(t); c != nil && c.inKernel() && e.established(c) {
-			p.wasEarly(t, e.now())
-		}
+	}
+	if !heard {
 		return
 	}
+	if c := e.flows.find(t); c != nil && c.inKernel() && e.established(c) {
+		e.wasEarly(t)
+	}
+}
+
+// wasEarly says whether a flow was established before it was known, and
+// forgets it.
+func (e *Engine) wasEarly(t flow.Tuple) (early bool) {
+	for _, p := range e.perms.find(t) {
+		if p.notify != nil && p.wasEarly(t, e.now()) {
+			early = true
+		}
+	}
+	return early
 }
 
 // maxEarly bounds the flows of one permission that are established before they
@@ -116,8 +132,7 @@ func (p *permission) heardEarly(t flow.Tuple, now time.Time) {
 	p.early[t] = now
 }
 
-// wasEarly says whether a flow was established before it was known, and
-// forgets it.
+// wasEarly is Engine.wasEarly for one permission.
 func (p *permission) wasEarly(t flow.Tuple, now time.Time) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -130,6 +145,14 @@ func (p *permission) wasEarly(t flow.Tuple, now time.Time) bool {
 // p.mu is held.
 func (p *permission) listens(want inKernel) bool {
 	return p.notify != nil && !p.forced && !p.emulated && !p.forSocketsAlone() && (want == holdsOpening || p.late || p.unsettled > 0)
+}
+
+// quiet says whether the kernel's word of established flows may be needed no
+// more now that one of its flows has settled. Who else is let in is waited for
+// in any case. p.mu is held.
+func (p *permission) quiet() bool {
+	want, _ := p.wanted()
+	return p.notify != nil && want != holdsOpening
 }
 
 // watch brings the kernel's reports of established flows after what a

@@ -207,24 +207,35 @@ func (e *Engine) install(f *factory) error {
 		e.factories.remove(f)
 		return filterapi.ErrTerminating
 	}
+	// Permissions first: the kernel holds no two answers for one address.
+	for _, s := range e.concernedBy(f) {
+		for _, p := range e.perms.of(s) {
+			if !e.bringToUser(p) {
+				continue
+			}
+			if err := e.enforce(p); err != nil {
+				e.uninstall(f)
+				return err
+			}
+		}
+	}
 	if err := e.divert(f); err != nil {
 		e.uninstall(f)
 		return err
-	}
-	for _, p := range e.perms.all() {
-		if p.session.addr != f.session.addr || !e.bringToUser(p) {
-			continue
-		}
-		if err := e.enforce(p); err != nil {
-			e.uninstall(f)
-			return err
-		}
 	}
 	if f.session.lives() {
 		return nil
 	}
 	e.uninstall(f) // or the end of the session has
 	return filterapi.ErrTerminating
+}
+
+// concernedBy are the sessions whose flows a factory is for.
+func (e *Engine) concernedBy(f *factory) []*session {
+	if f.Flags&filterapi.AddressBased == 0 {
+		return []*session{f.session}
+	}
+	return slices.DeleteFunc(e.sessions.all(), func(s *session) bool { return s.addr != f.session.addr })
 }
 
 // uninstall ends a factory; false: it had ended.

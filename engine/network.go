@@ -61,17 +61,16 @@ func (e *Engine) own(a netip.Addr) bool {
 	return err == nil && local
 }
 
-// mayDial asks the rules whether the session may connect, or, for a private
-// one, finds the permission that lets it.
+// mayDial finds the permission that lets a private session connect, or one that
+// lets its client, or else asks the rules.
 func (s *session) mayDial(t flow.Tuple) (*permission, error) {
 	if !s.lives() {
 		return nil, filterapi.ErrTerminating
 	}
-	if s.private {
-		for _, p := range s.e.perms.find(t) {
-			if p.session == s && !p.inbound() && s.e.useOwn(p) {
-				return p, nil
-			}
+	for _, p := range s.e.perms.find(t) {
+		mine := p.session == s && s.private || p.addressBased
+		if mine && !p.inbound() && s.e.useOwn(p) {
+			return p, nil
 		}
 	}
 	return nil, s.e.ruling(t, "")

@@ -156,7 +156,7 @@ func (e *Engine) KernelUsed(first flow.Packet) {
 	c.held = p.session.ref() // else the session has just ended, and the flow lives on
 	c.inherit(p)
 	e.begin(c)
-	if p.notify != nil && p.wasEarly(c.tuple, e.now()) {
+	if p.notify != nil && e.wasEarly(c.tuple) {
 		e.established(c)
 	}
 }
@@ -252,8 +252,9 @@ func (e *Engine) unuse(p *permission, stood bool) {
 		p.unsettled--
 	}
 	last := p.flows == 0 && p.state != permWaiting
+	quiet := !stood && p.quiet()
 	p.mu.Unlock()
-	if last || !stood && p.notify != nil {
+	if last || quiet {
 		e.tasks.run(func() { _ = e.enforce(p) }) // it logs
 	}
 }
