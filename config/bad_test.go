@@ -46,9 +46,9 @@ var bad = []struct {
 	{"reverse_path: false\n", []string{"1: reverse_path: want one of strict, loose, off, got true or false"}},
 	{"flowtable: on\n", []string{`1: flowtable: "on" is none of auto, off`}},
 	{"flowtable:\n", []string{"1: flowtable: want one of auto, off, got nothing"}},
-	{"queue:\n  form: nft\n  first: -1\n  number: 17\n  length: 10\n  fail: maybe\n", []string{
+	{"queue:\n  form: nft\n  first: -1\n  number: 17\n  length: 10\n  fail: maybe\n  answer_ms: 1\n", []string{
 		`2: queue.form: "nft" is none of auto, native, xt`, "3: queue.first: -1 is not a number from 0 to 65535", "4: queue.number: 17 is not a number from 1 to 16",
-		"5: queue.length: 10 is not a number from 64 to 262144", `6: queue.fail: "maybe" is none of closed, open`}},
+		"5: queue.length: 10 is not a number from 64 to 262144", `6: queue.fail: "maybe" is none of closed, open`, "7: queue.answer_ms: 1 is not a number from 50 to 30000"}},
 	{"queue: {number: 2.5}\n", []string{"1: queue.number: want a number from 1 to 16, got a number"}},
 	{"queue: {number: 010}\n", []string{"1: queue.number: 010 is not a number from 1 to 16"}},
 	{"queue: {number: \"2\"}\n", []string{"1: queue.number: want a number from 1 to 16, got text"}},

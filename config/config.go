@@ -6,6 +6,7 @@ package config
 import (
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/nat"
@@ -64,10 +65,15 @@ type Queue struct {
 	First  uint16    // first: the lowest queue number
 	Number uint16    // number: queues of each sort
 	Length uint32    // length: packets that may wait in each queue
+	// AnswerMS is answer_ms: how long a first packet waits for the filters.
+	AnswerMS uint32
 	// FailOpen is fail: true for open. It has been applied to the rules that
 	// do not say themselves.
 	FailOpen bool
 }
+
+// Answer is how long a first packet waits for the filters.
+func (q Queue) Answer() time.Duration { return time.Duration(q.AnswerMS) * time.Millisecond }
 
 // FirstOpen is the lowest number of the queues that fail open.
 func (q Queue) FirstOpen() uint16 { return q.First + q.Number }
@@ -111,7 +117,7 @@ func Default() *Config {
 	}
 	return &Config{
 		ReversePath: ReversePathStrict,
-		Queue:       Queue{Form: QueueAuto, First: 4100, Number: 2, Length: 4096},
+		Queue:       Queue{Form: QueueAuto, First: 4100, Number: 2, Length: 4096, AnswerMS: 800},
 		Marks:       Marks{Bits: bits, Table: 4100, Priority: 4100, Zone: 4100, LogGroup: 4100},
 		Ports:       nat.Ranges{Kernel: nat.Range{Lo: 10000, Hi: 32767}, Leases: nat.Range{Lo: 61000, Hi: 65535}},
 		Flowtable:   true,

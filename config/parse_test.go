@@ -69,7 +69,7 @@ protocols:
   odd: {icmp: [8, 13-14], icmpv6: 128, ip: [47, 132]}
   telnet: {tcp: 2323, filter: tap}
 reverse_path: loose
-queue: {form: xt, first: 10, number: 4, length: 1024, fail: open}
+queue: {form: xt, first: 10, number: 4, length: 1024, answer_ms: 900, fail: open}
 marks: {mask: 0x000f0000, table: 7, priority: 8, zone: 9, log_group: 11}
 ports: {kernel: 20000-29999, leases: 40000-50000}
 flowtable: off
@@ -90,7 +90,7 @@ func TestParseGood(t *testing.T) {
 	}
 	want := &Config{
 		ReversePath: ReversePathLoose,
-		Queue:       Queue{QueueXT, 10, 4, 1024, true},
+		Queue:       Queue{QueueXT, 10, 4, 1024, 900, true},
 		Marks:       Marks{bits, 7, 8, 9, 11},
 		Ports:       nat.Ranges{Kernel: nat.Range{Lo: 20000, Hi: 29999}, Leases: nat.Range{Lo: 40000, Hi: 50000}},
 		UDP:         UDP{30, 90},
@@ -196,7 +196,7 @@ func TestManual(t *testing.T) {
 		section, key string
 		value        any
 	}{
-		{"queue", "form", d.Queue.Form}, {"queue", "first", d.Queue.First}, {"queue", "number", d.Queue.Number}, {"queue", "length", d.Queue.Length}, {"queue", "fail", "closed"},
+		{"queue", "form", d.Queue.Form}, {"queue", "first", d.Queue.First}, {"queue", "number", d.Queue.Number}, {"queue", "length", d.Queue.Length}, {"queue", "answer_ms", d.Queue.AnswerMS}, {"queue", "fail", "closed"},
 		{"marks", "mask", fmt.Sprintf("0x%08x", d.Marks.Bits.Mask())}, {"marks", "table", d.Marks.Table}, {"marks", "priority", d.Marks.Priority}, {"marks", "zone", d.Marks.Zone}, {"marks", "log_group", d.Marks.LogGroup},
 		{"ports", "kernel", d.Ports.Kernel}, {"ports", "leases", d.Ports.Leases},
 		{"udp", "peer_idle", d.UDP.PeerIdle}, {"udp", "socket_idle", d.UDP.SocketIdle},

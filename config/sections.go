@@ -89,6 +89,8 @@ const (
 	maxQueues      = 16
 	minQueueLength = 64
 	maxQueueLength = 1 << 18
+	minAnswerMS    = 50
+	maxAnswerMS    = 30_000
 	queueSorts     = 3 // closed, open, holding
 )
 
@@ -99,9 +101,10 @@ func (r *reader) queue(n ast.Node, q *Queue) {
 				q.Form = QueueForm(v)
 			}
 		},
-		"first":  func(n ast.Node) { setNumber(r, n, "queue.first", &q.First, 0, 65535) },
-		"number": func(n ast.Node) { setNumber(r, n, "queue.number", &q.Number, 1, maxQueues) },
-		"length": func(n ast.Node) { setNumber(r, n, "queue.length", &q.Length, minQueueLength, maxQueueLength) },
+		"first":     func(n ast.Node) { setNumber(r, n, "queue.first", &q.First, 0, 65535) },
+		"number":    func(n ast.Node) { setNumber(r, n, "queue.number", &q.Number, 1, maxQueues) },
+		"length":    func(n ast.Node) { setNumber(r, n, "queue.length", &q.Length, minQueueLength, maxQueueLength) },
+		"answer_ms": func(n ast.Node) { setNumber(r, n, "queue.answer_ms", &q.AnswerMS, minAnswerMS, maxAnswerMS) },
 		"fail": func(n ast.Node) {
 			if v, ok := r.choice(n, "queue.fail", "closed", "open"); ok {
 				q.FailOpen = v == "open"

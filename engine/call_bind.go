@@ -212,7 +212,7 @@ func (s *session) newBind(b filterapi.Bind, t terms, x place, i int, client neti
 
 // openBinds asks the filters that watch binds and then opens them all.
 func (e *Engine) openBinds(perms []*permission) error {
-	ctx, cancel := context.WithTimeout(context.Background(), bindDeadline)
+	ctx, cancel := context.WithTimeout(context.Background(), e.answer)
 	defer cancel()
 	for _, p := range perms {
 		kind := filterapi.BindUDP

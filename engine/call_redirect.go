@@ -102,7 +102,7 @@ func (e *Engine) preview(p *permission) error {
 		tuple: flow.Tuple{Proto: p.Proto, Src: netip.AddrPortFrom(p.session.addr, 0), Dst: p.Via},
 	}
 	c.inherit(p)
-	ctx, cancel := context.WithTimeout(context.Background(), bindDeadline)
+	ctx, cancel := context.WithTimeout(context.Background(), e.answer)
 	defer cancel()
 	err := e.raise(ctx, c)
 	p.forced = p.forced || c.forUser()

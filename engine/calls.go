@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"time"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
@@ -236,6 +235,3 @@ func (s *session) watches(uses []policy.FilterUse, secondary bool) bool {
 func suits(f *filterapi.IPFilter, client netip.Addr) bool {
 	return f == nil || !slices.ContainsFunc(f.Prefixes(), func(p netip.Prefix) bool { return p.Addr().Is4() != client.Is4() })
 }
-
-// bindDeadline bounds the handlers of an event that a call raises.
-const bindDeadline = 800 * time.Millisecond

@@ -170,7 +170,7 @@ func (c *connection) accept(r *registered, df filterapi.DataFilter, remote netip
 	if a := c.session.attachedTo(r); a != nil {
 		made.told(r, a)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), bindDeadline)
+	ctx, cancel := context.WithTimeout(context.Background(), c.e.answer)
 	defer cancel()
 	if err := c.e.raiseExcept(ctx, made, r); err != nil {
 		c.e.refuse(made, refused{flow.Drop, flow.Denied, err.Error()})

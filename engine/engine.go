@@ -17,6 +17,9 @@ import (
 // DefaultQuota is how many permissions one client may hold at a time.
 const DefaultQuota = 64
 
+// DefaultAnswer is how long a call waits for the filters that it asks.
+const DefaultAnswer = 800 * time.Millisecond
+
 // Config is what an Engine is made of.
 type Config struct {
 	Policy *policy.Policy
@@ -30,7 +33,10 @@ type Config struct {
 	Ports *nat.Allocator
 	// Quota of pending permissions per client; 0: DefaultQuota.
 	Quota int
-	Log   *zap.Logger
+	// Answer bounds the handlers of an event that a call raises; 0:
+	// DefaultAnswer. What a first packet raises is bounded by its context.
+	Answer time.Duration
+	Log    *zap.Logger
 	// LeakDelay is how long a filter may hold on to a connection that is over
 	// before the log names it; 0: DefaultLeakDelay.
 	LeakDelay time.Duration
@@ -46,6 +52,7 @@ type Engine struct {
 	routes  Routes
 	ports   *nat.Allocator
 	quota   int
+	answer  time.Duration
 	log     *zap.Logger
 	now     func() time.Time
 	filters []*registered
@@ -89,10 +96,13 @@ func New(c Config) (*Engine, error) {
 	}
 	e := &Engine{
 		kernel: c.Kernel, user: c.User, routes: c.Routes, ports: c.Ports,
-		quota: c.Quota, log: c.Log, now: c.Now,
+		quota: c.Quota, answer: c.Answer, log: c.Log, now: c.Now,
 	}
 	if e.quota == 0 {
 		e.quota = DefaultQuota
+	}
+	if e.answer == 0 {
+		e.answer = DefaultAnswer
 	}
 	if e.now == nil {
 		e.now = time.Now

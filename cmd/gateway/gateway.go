@@ -122,7 +122,7 @@ func (g *gateway) recheck(ctx context.Context) error {
 // take up.
 func needsRestart(a, b *config.Config) string {
 	switch {
-	case a.Queue.Form != b.Queue.Form || a.Queue.First != b.Queue.First || a.Queue.Number != b.Queue.Number || a.Queue.Length != b.Queue.Length:
+	case a.Queue.Form != b.Queue.Form || a.Queue.First != b.Queue.First || a.Queue.Number != b.Queue.Number || a.Queue.Length != b.Queue.Length || a.Queue.AnswerMS != b.Queue.AnswerMS:
 		return "queue"
 	case a.Marks != b.Marks:
 		return "marks"

@@ -152,6 +152,7 @@ func (g *gateway) open(undo *ladder) (err error) {
 	ports := nat.NewAllocator(g.cfg.Ports.Leases, portBusy, time.Now)
 	if g.engine, err = engine.New(engine.Config{
 		Policy: g.policy, Filters: g.filters, Kernel: g, User: user, Routes: g.routes, Ports: ports, Log: g.log,
+		Answer: g.cfg.Queue.Answer(),
 	}); err != nil {
 		return err
 	}
@@ -189,7 +190,7 @@ func (g *gateway) queueConfig() userpath.QueueConfig {
 		First: q.First, Number: int(q.Number),
 		FirstOpen: q.FirstOpen(), NumberOpen: int(q.Number),
 		FirstHolding: q.FirstHolding(), NumberHolding: int(q.Number),
-		Marks: g.bits, Logger: g.log.Named("queue"), Length: q.Length,
+		Marks: g.bits, Logger: g.log.Named("queue"), Length: q.Length, DecideWithin: q.Answer(),
 		Decide: g.engine.Decide, Takeovers: takeovers{g.tcp, g.udp}, IfaceName: g.ifaceName,
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 )
 
 // Config is a gateway's configuration: the lab's own networks, and the parts
@@ -43,9 +44,19 @@ func (l *Lab) Text(c Config) string {
 	}
 	form := cmp.Or(c.Form, os.Getenv(envForm), "auto")
 	fmt.Fprintf(&b, "queue:\n  form: %s\n%s", form, block(c.Queue))
+	if answer := min(Patience(usualAnswer), longestAnswer); answer != usualAnswer && !strings.Contains(c.Queue, "answer_ms") {
+		fmt.Fprintf(&b, "  answer_ms: %d\n", answer.Milliseconds())
+	}
 	fmt.Fprintf(&b, "control:\n  socket: %s\n%s", filepath.Join(l.dir, "control"), block(c.Extra))
 	return b.String()
 }
+
+// usualAnswer is how long a gateway has its filters wait by default; on a slow
+// machine that is not enough for a test's answer to the probe filter.
+const (
+	usualAnswer   = 800 * time.Millisecond
+	longestAnswer = 4 * time.Second
+)
 
 // block strips the indentation that a Go literal brings along beyond two
 // spaces, so that tests can indent their YAML with their code.
