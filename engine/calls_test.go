@@ -73,6 +73,40 @@ func TestRedirect(t *testing.T) {
 	}
 }
 
+// TestAFirstPacketThatIsSentAgain: while user space holds it, the kernel still
+// shows the same client the way there, and user space refuses all else.
+func TestAFirstPacketThatIsSentAgain(t *testing.T) {
+	for name, ends := range map[string]func(*Takeover){
+		"established": (*Takeover).Established,
+		"over":        func(tk *Takeover) { tk.Ended(flow.Counts{}, flow.Refused, "") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t, attaching(&probe{}))
+			tk := b.decide(t)
+			inside, _, err := tk.Conn().Session().RedirectConnections(filterapi.Redirect{
+				Negotiated: negotiated(tk, flow.TCP, filterapi.NoKernelMode), Targets: []netip.AddrPort{ap("203.0.113.10:2000")},
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			id := b.kernel.byID()[0]
+			d := b.Decide(t.Context(), syn("10.0.0.2:40005", inside.String()))
+			b.calm()
+			if d.Path != flow.User || b.kernel.held[id].Client.Addr() != ap(client).Addr() {
+				t.Fatalf("decision %v; meanwhile the kernel holds %+v", d.Path, b.kernel.held[id])
+			}
+			if d := b.Decide(t.Context(), syn("10.0.0.2:40006", inside.String())); d.Path != flow.Reject {
+				t.Errorf("another connection meanwhile: %v", d.Path)
+			}
+			ends(d.Takeover)
+			b.calm()
+			if p := b.kernel.held[id]; p.Client.IsValid() {
+				t.Errorf("afterwards the kernel holds %+v", p)
+			}
+		})
+	}
+}
+
 // TestRedirectAsksTheFilters: what they do with the event at the call decides.
 func TestRedirectAsksTheFilters(t *testing.T) {
 	for name, c := range map[string]struct {
