@@ -407,3 +407,52 @@ func awaitSegment(h *lab.Host, port int) {
 		}
 	}
 }
+
+// A registered client can be called when all its flows are silent for so long
+// that nobody remembers them.
+func TestSIPReachableWithoutFlow(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t)
+	g := l.Gateway(sipConfig(""))
+	known := map[netip.Addr]netip.AddrPort{}
+	agents := map[netip.Addr][2]*sipAgent{}
+	for srv, client := range map[netip.Addr]netip.Addr{lab.Srv4: lab.Client4, lab.Srv6: lab.Client6} {
+		near, far := newSIPAgent(l.Client, netip.AddrPortFrom(client, 5060)), newSIPAgent(l.Srv, netip.AddrPortFrom(srv, 5060))
+		near.send(t, far.at, near.request("REGISTER", "sip:"+far.at.String(), 1, "reg", "", "Expires: 600"))
+		asked, from := far.receive(t, "REGISTER ")
+		known[client] = contactIn(t, asked)
+		far.send(t, from, far.answer(asked, "200 OK", "", fmt.Sprintf("Contact: <sip:a@%s>;expires=600", known[client])))
+		near.receive(t, "SIP/2.0 200")
+		agents[client] = [2]*sipAgent{near, far}
+	}
+	for client, both := range agents {
+		near, far := both[0], both[1]
+		g.AwaitRecord("flow", 150*time.Second, func(r lab.Record) bool { return r.Text("src") == near.at.String() })
+		at := known[client]
+		deadline(t, far.conn, 10*time.Second)
+		far.send(t, at, strings.ReplaceAll(far.request("OPTIONS", "sip:a@"+at.String(), 1, "call", ""), "tag=a", "tag=b"))
+		got, _ := near.receive(t, "OPTIONS sip:a@"+near.at.String()+" SIP/2.0")
+		near.send(t, far.at, near.answer(got, "200 OK", ""))
+		far.receive(t, "SIP/2.0 200")
+	}
+}
+
+// A datagram as large as UDP has them is read as a whole, and its length is
+// right when it leaves.
+func TestSIPLargeDatagram(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t)
+	l.Gateway(sipConfig(""))
+	both(t, func(t *testing.T, srv, client netip.Addr) {
+		near, far := newSIPAgent(l.Client, netip.AddrPortFrom(client, 5060)), newSIPAgent(l.Srv, netip.AddrPortFrom(srv, 5060))
+		defer near.conn.Close()
+		defer far.conn.Close()
+		body := sipSDP(netip.AddrPortFrom(client, 7000)) + strings.Repeat("a=x:"+strings.Repeat("y", 94)+"\r\n", 600)
+		near.send(t, far.at, near.request("INVITE", "sip:b@"+far.at.String(), 1, "large", body))
+		got, _ := far.receive(t, "INVITE ")
+		head, rest, _ := strings.Cut(got, "\r\n\r\n")
+		if !strings.HasSuffix(rest, body[len(body)-60000:]) || !strings.Contains(head+"\r\n", fmt.Sprintf("Content-Length: %d\r\n", len(rest))) {
+			t.Errorf("%d bytes of body arrive, %d were sent:\n%s", len(rest), len(body), head)
+		}
+	})
+}
