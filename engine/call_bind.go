@@ -120,7 +120,7 @@ func (s *session) findPlace(b filterapi.Bind, t terms) (place, error) {
 		}
 	}
 	if port == 0 {
-		first, ok := s.e.ports.LeaseRun(b.Proto, addr, n, even)
+		first, ok := s.e.ports.LeaseFor(s.addr, b.Proto, addr, n, even)
 		if !ok {
 			return place{}, filterapi.ErrNoPorts
 		}

@@ -81,7 +81,7 @@ func (s *session) leaseInside(proto flow.Proto, perms []*permission) (netip.Addr
 	if err != nil || !s.plain(inside) {
 		return netip.AddrPort{}, fmt.Errorf("no address of the gateway towards the client: %w", filterapi.ErrNetworkDenied)
 	}
-	first, ok := s.e.ports.LeaseRun(proto, inside, len(perms), false)
+	first, ok := s.e.ports.LeaseFor(s.addr, proto, inside, len(perms), false)
 	if !ok {
 		return netip.AddrPort{}, filterapi.ErrNoPorts
 	}

@@ -26,21 +26,32 @@ type Endpoint struct {
 // chosen at random (RFC 6056). Safe for concurrent use.
 type Allocator struct {
 	ports Range
+	share int // of one holder, with what rests
 	busy  func(Endpoint) bool
 	now   func() time.Time
 
 	mu      sync.Mutex
-	leased  map[Endpoint]bool
-	resting map[Endpoint]time.Time // until when
+	leased  map[Endpoint]netip.Addr // to whom
+	resting map[Endpoint]rest
+	had     map[netip.Addr]int // how many of these each holder has
 	sweep   time.Time
 }
+
+// rest is the time of a port after its lease.
+type rest struct {
+	until time.Time
+	of    netip.Addr // its last holder
+}
+
+// minShare is what one holder has in any case.
+const minShare = 64
 
 // NewAllocator leases from a range. busy says whether something on the
 // gateway itself uses a port, which is then passed over; now is the clock.
 func NewAllocator(ports Range, busy func(Endpoint) bool, now func() time.Time) *Allocator {
 	return &Allocator{
-		ports: ports, busy: busy, now: now,
-		leased: make(map[Endpoint]bool), resting: make(map[Endpoint]time.Time),
+		ports: ports, share: max(minShare, (int(ports.Hi)-int(ports.Lo)+1)/8), busy: busy, now: now,
+		leased: make(map[Endpoint]netip.Addr), resting: make(map[Endpoint]rest), had: make(map[netip.Addr]int),
 	}
 }
 
@@ -53,9 +64,30 @@ func (a *Allocator) Lease(p flow.Proto, addr netip.Addr) (netip.AddrPort, bool) 
 // which is even if that is asked for; false: there is no such run. Each port is
 // returned by itself.
 func (a *Allocator) LeaseRun(p flow.Proto, addr netip.Addr, n int, even bool) (netip.AddrPort, bool) {
+	return a.LeaseFor(netip.Addr{}, p, addr, n, even)
+}
+
+// LeaseFor is LeaseRun for a holder who shall not leave the others without
+// ports. Who has had more than an eighth of them gets its own again: late
+// packets of a former lease reach nobody else (RFC 6888 REQ-8 allows that).
+func (a *Allocator) LeaseFor(holder netip.Addr, p flow.Proto, addr netip.Addr, n int, even bool) (netip.AddrPort, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.wake()
+	had := a.had[holder]
+	if !holder.IsValid() || had+n <= a.share {
+		return a.lease(holder, p, addr, n, even, true, false)
+	}
+	at, ok := a.lease(holder, p, addr, n, even, false, true)
+	if !ok && n > 1 && had+n <= 2*a.share { // single ports are no run
+		return a.lease(holder, p, addr, n, even, true, true)
+	}
+	return at, ok
+}
+
+// lease takes ports that are fresh, or that rest after a lease of the same
+// holder, or both. a.mu is held.
+func (a *Allocator) lease(holder netip.Addr, p flow.Proto, addr netip.Addr, n int, even, fresh, own bool) (netip.AddrPort, bool) {
 	lo, last := int(a.ports.Lo), int(a.ports.Hi)-n+1 // where a run may begin
 	if n <= 0 || last < lo {
 		return netip.AddrPort{}, false
@@ -63,10 +95,10 @@ func (a *Allocator) LeaseRun(p flow.Proto, addr netip.Addr, n int, even bool) (n
 	busy := map[Endpoint]bool{} // the question costs a system call
 	free := func(port int) bool {
 		e := Endpoint{p, netip.AddrPortFrom(addr, uint16(port))}
-		if a.leased[e] {
+		if _, out := a.leased[e]; out {
 			return false
 		}
-		if _, rests := a.resting[e]; rests {
+		if r, rests := a.resting[e]; rests && (!own || r.of != holder) || !rests && !fresh {
 			return false
 		}
 		if _, asked := busy[e]; !asked {
@@ -83,7 +115,7 @@ func (a *Allocator) LeaseRun(p flow.Proto, addr netip.Addr, n int, even bool) (n
 		return netip.AddrPort{}, false
 	}
 	at := netip.AddrPortFrom(addr, uint16(port))
-	a.take(p, at, n)
+	a.take(holder, p, at, n)
 	return at, true
 }
 
@@ -127,20 +159,35 @@ func (a *Allocator) LeaseExact(p flow.Proto, at netip.AddrPort, n int) error {
 	}
 	for i := range n {
 		e := Endpoint{p, netip.AddrPortFrom(at.Addr(), at.Port()+uint16(i))}
-		if a.leased[e] {
+		if _, out := a.leased[e]; out {
 			return fmt.Errorf("%v: %w", e.Addr, ErrLeased)
 		}
 		if _, rests := a.resting[e]; rests || a.busy(e) {
 			return fmt.Errorf("%v: %w", e.Addr, ErrUnavailable)
 		}
 	}
-	a.take(p, at, n)
+	a.take(netip.Addr{}, p, at, n)
 	return nil
 }
 
-func (a *Allocator) take(p flow.Proto, at netip.AddrPort, n int) {
+func (a *Allocator) take(holder netip.Addr, p flow.Proto, at netip.AddrPort, n int) {
 	for i := range n {
-		a.leased[Endpoint{p, netip.AddrPortFrom(at.Addr(), at.Port()+uint16(i))}] = true
+		e := Endpoint{p, netip.AddrPortFrom(at.Addr(), at.Port()+uint16(i))}
+		a.rested(e)
+		a.leased[e] = holder
+		a.had[holder]++
+	}
+}
+
+// rested ends the rest of a port.
+func (a *Allocator) rested(e Endpoint) {
+	r, rests := a.resting[e]
+	if !rests {
+		return
+	}
+	delete(a.resting, e)
+	if a.had[r.of]--; a.had[r.of] == 0 {
+		delete(a.had, r.of)
 	}
 }
 
@@ -149,9 +196,9 @@ func (a *Allocator) Return(p flow.Proto, addr netip.AddrPort) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	e := Endpoint{p, addr}
-	if a.leased[e] {
+	if holder, out := a.leased[e]; out {
 		delete(a.leased, e)
-		a.resting[e] = a.now().Add(Quarantine)
+		a.resting[e] = rest{a.now().Add(Quarantine), holder}
 	}
 }
 
@@ -170,9 +217,9 @@ func (a *Allocator) wake() {
 		return
 	}
 	a.sweep = now.Add(time.Second)
-	for e, until := range a.resting {
-		if !now.Before(until) {
-			delete(a.resting, e)
+	for e, r := range a.resting {
+		if !now.Before(r.until) {
+			a.rested(e)
 		}
 	}
 }

@@ -1,0 +1,69 @@
+package nat
+
+import (
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/sluicegw/sluice/flow"
+)
+
+// TestAHolderLeavesPortsToOthers: who leases and returns without an end gets
+// its own ports again, and never has a port that rests after somebody else.
+func TestAHolderLeavesPortsToOthers(t *testing.T) {
+	now := time.Unix(1000, 0)
+	const share = 125
+	a := NewAllocator(Range{1000, 1999}, func(Endpoint) bool { return false }, func() time.Time { return now })
+	addr := netip.MustParseAddr("203.0.113.1")
+	greedy, modest := netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("10.0.0.3")
+	first := map[netip.AddrPort]bool{}
+	for range 50 {
+		at, ok := a.LeaseFor(modest, flow.UDP, addr, 2, true)
+		if !ok {
+			t.Fatal("no port for the first")
+		}
+		for i := range uint16(2) {
+			x := netip.AddrPortFrom(addr, at.Port()+i)
+			first[x] = true
+			a.Return(flow.UDP, x)
+		}
+	}
+	seen := map[netip.AddrPort]bool{}
+	for i := range 5000 {
+		at, ok := a.LeaseFor(greedy, flow.UDP, addr, 1, false)
+		if !ok || first[at] {
+			t.Fatalf("lease %d: %v %v", i, at, ok)
+		}
+		seen[at] = true
+		a.Return(flow.UDP, at)
+	}
+	if len(seen) != share {
+		t.Errorf("it had %d ports", len(seen))
+	}
+	// What it has out counts, too: without a return there is an end.
+	for i := range share + 1 {
+		if _, ok := a.LeaseFor(greedy, flow.UDP, addr, 1, false); ok != (i < share) {
+			t.Fatalf("lease %d of those that stay out: %v", i, ok)
+		}
+	}
+	// A run that its own ports do not have is had once more, within bounds.
+	runs := 0
+	for ; ; runs++ {
+		if _, ok := a.LeaseFor(greedy, flow.UDP, addr, 2, true); !ok {
+			break
+		}
+	}
+	if runs != share/2 {
+		t.Errorf("%d runs more, want %d", runs, share/2)
+	}
+	if _, ok := a.LeaseFor(modest, flow.UDP, addr, 2, true); !ok {
+		t.Error("nothing is left for the other")
+	}
+	for at := range seen {
+		a.Return(flow.UDP, at)
+	}
+	now = now.Add(Quarantine)
+	if at, ok := a.LeaseFor(greedy, flow.UDP, addr, 1, false); !ok {
+		t.Errorf("after the rest: %v %v", at, ok)
+	}
+}
