@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -23,11 +24,7 @@ func (e *Engine) stillAllowed(c *connection) bool {
 // space, the kernel's flows (also those as just dumped from conntrack that
 // user space never saw), and permissions.
 func (e *Engine) Recheck(ctx context.Context, kernel []flow.Tuple) error {
-	for _, p := range e.perms.all() {
-		if !e.stands(p) {
-			_ = e.void(p) // used up or gone: its flows are looked at below
-		}
-	}
+	e.revoke(slices.DeleteFunc(e.perms.all(), e.stands))
 	e.recheckSockets()
 	var known []*connection
 	for _, c := range e.flows.all() {
@@ -54,6 +51,21 @@ func (e *Engine) Recheck(ctx context.Context, kernel []flow.Tuple) error {
 		err = errors.Join(err, e.kernel.Cut(ctx, cut...))
 	}
 	return err
+}
+
+// together is how many changes wait for the kernel at a time.
+const together = 1024
+
+// revoke voids permissions, many at a time, so that the kernel gets them
+// together: one by one the last of very many would be open for minutes.
+func (e *Engine) revoke(perms []*permission) {
+	for some := range slices.Chunk(perms, together) {
+		var changes sync.WaitGroup
+		for _, p := range some {
+			changes.Go(func() { _ = e.void(p) }) // used up or gone: its flows are looked at by themselves
+		}
+		changes.Wait()
+	}
 }
 
 // cutKernel cuts kernel flows. One that was decided a moment ago may not be in

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
 	"github.com/sluicegw/sluice/policy"
 )
 
@@ -70,5 +72,47 @@ func TestSocketsEndWithTheRuleOfTheirPermission(t *testing.T) {
 			t.Errorf("%s, dialled while the rules changed: %v", name, err)
 		}
 		b.user = user
+	}
+}
+
+// gatheringKernel answers when so many changes have come together.
+type gatheringKernel struct {
+	*fakeKernel
+	want     int32
+	come     atomic.Int32
+	together chan struct{}
+}
+
+func (k *gatheringKernel) Remove(ctx context.Context, p nat.Permission) error {
+	if k.come.Add(1) == k.want {
+		close(k.together)
+	}
+	select {
+	case <-k.together:
+	case <-time.After(2 * time.Second):
+		return errors.New("the kernel waits for more")
+	}
+	return k.fakeKernel.Remove(ctx, p)
+}
+
+// TestAReloadVoidsTogether: the kernel takes many changes at once, and one by
+// one they would take too long.
+func TestAReloadVoidsTogether(t *testing.T) {
+	p := attaching(&probe{})
+	b, _ := talkBench(t, p)
+	tk := b.decide(t)
+	k := &gatheringKernel{fakeKernel: b.kernel, want: 5, together: make(chan struct{})}
+	b.Engine.kernel = k
+	for range k.want {
+		if _, err := tk.flow.session.BindForClient(filterapi.Bind{
+			Negotiated: filterapi.Negotiated{Primary: tk.flow.handle(b.filters[0]), Proto: flow.TCP},
+			Clients:    []netip.AddrPort{netip.MustParseAddrPort("10.0.0.2:5000")},
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b.reload(t, testPolicy(t, policy.Deny))
+	if !b.kernel.empty() {
+		t.Errorf("after the reload the kernel holds %v", b.kernel.held)
 	}
 }
