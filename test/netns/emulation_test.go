@@ -98,7 +98,7 @@ func emulated(s *scene, bind uint64) {
 	if n := len(lab.Select(outside.Stop(), func(p lab.Seen) bool { return p.TCP != nil && p.Dst.Port() == 5555 })); n != 0 {
 		s.t.Errorf("srv saw %d packets", n)
 	}
-	s.answers("ConnectionRefused", "emulate-connection", lab.ProbeArgs{Conn: bind, Remote: to(s.srv, 5555).String(), Local: to(s.client, 4999).String()})
+	s.answers("ConnectionRefused", "emulate-connection", lab.ProbeArgs{Conn: bind, Remote: to(s.srv, 5556).String(), Local: to(s.client, 4999).String()})
 }
 
 // B61: a bind of a filter's own raises the events and opens nothing; the name

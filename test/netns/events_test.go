@@ -175,8 +175,7 @@ func TestB32UDPDestinationEvents(t *testing.T) {
 		events := func(want ...netip.Addr) {
 			t.Helper()
 			var got []netip.Addr
-			s.count(s.p, "UDPDestination") // answered: the events before it are here
-			for _, e := range s.p.Events(func(e lab.ProbeEvent) bool { return e.Kind == "UDPDestination" }) {
+			for _, e := range heard(s.p, func(e lab.ProbeEvent) bool { return e.Kind == "UDPDestination" }) {
 				got = append(got, netip.MustParseAddrPort(e.Dst).Addr())
 			}
 			if !slices.Equal(got, want) {
@@ -212,7 +211,7 @@ func TestB37Kill(t *testing.T) {
 				over := func(x lab.ProbeEvent) bool { return x.Kind == "Terminating" && x.Src == e.Src }
 				s.p.Await(3*time.Second, over)
 				second := s.connect() // an event that came later would be here by now
-				if n := len(s.p.Events(over)); n != 1 {
+				if n := len(heard(s.p, over)); n != 1 {
 					s.t.Errorf("%d Terminating events", n)
 				}
 				s.p.Must("kill", lab.ProbeArgs{Conn: second.id, On: true}) // twice is fine
@@ -248,7 +247,7 @@ func TestB41HandlerFails(t *testing.T) {
 				}
 				s.on("ConnectTCP", "not-supported") // that passes
 				s.dial(l.Client, to(f.srv, 7))
-				if n := len(s.p.Events(func(e lab.ProbeEvent) bool { return e.Kind == "Pump" })); n != 0 {
+				if n := len(heard(s.p, func(e lab.ProbeEvent) bool { return e.Kind == "Pump" })); n != 0 {
 					t.Errorf("%d data filters of a handler that failed", n)
 				}
 				select {

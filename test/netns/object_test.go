@@ -169,7 +169,7 @@ func TestB61AttachFilter(t *testing.T) {
 		for range 2 { // again is fine
 			s.p.Must("attach-filter", lab.ProbeArgs{Session: session, FilterName: "probe2"})
 		}
-		attached := second.Events(func(x lab.ProbeEvent) bool { return x.Kind == "Attach" })
+		attached := heard(second, func(x lab.ProbeEvent) bool { return x.Kind == "Attach" })
 		if len(attached) != 1 || attached[0].Session != session || attached[0].Src != f.client.String() {
 			t.Errorf("attached %+v", attached)
 		}

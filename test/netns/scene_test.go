@@ -252,6 +252,12 @@ func (s *scene) isReset(c net.Conn, what string) {
 	}
 }
 
+// heard are the events of a probe that satisfy ok, all until now.
+func heard(p *lab.Probe, ok func(lab.ProbeEvent) bool) []lab.ProbeEvent {
+	p.Must("count", lab.ProbeArgs{}) // answered: the events before it are here
+	return p.Events(ok)
+}
+
 // filtered is what the data filters on a connection saw of one side.
 func filtered(p *lab.Probe, conn uint64, side string) string {
 	var b bytes.Buffer

@@ -154,8 +154,7 @@ func TestB22SingleOrMultiple(t *testing.T) {
 		}
 		s.dial(s.Srv, at)
 		over := func(id uint64) int {
-			s.count(s.p, "")
-			return len(s.p.Events(func(x lab.ProbeEvent) bool { return x.Kind == "Terminating" && x.Conn == id }))
+			return len(heard(s.p, func(x lab.ProbeEvent) bool { return x.Kind == "Terminating" && x.Conn == id }))
 		}
 		lab.Eventually(s.t, 3*time.Second, "the ends of both", func() bool { return over(accepted[0].Conn) == 1 && over(accepted[1].Conn) == 1 })
 		if over(conn) != 0 {

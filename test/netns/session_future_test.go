@@ -182,8 +182,7 @@ func TestB16SecondaryEvents(t *testing.T) {
 
 // told gives the connect event about a target, of those so far.
 func told(p *lab.Probe, target netip.AddrPort) (lab.ProbeEvent, bool) {
-	p.Must("count", lab.ProbeArgs{}) // answered: the events before it are here
-	found := p.Events(kindTo("ConnectTCP", target.String()))
+	found := heard(p, kindTo("ConnectTCP", target.String()))
 	if len(found) == 0 {
 		return lab.ProbeEvent{}, false
 	}
@@ -223,8 +222,7 @@ func established(t *testing.T, l *lab.Lab, f family, flags []string) {
 		return s.dial(from, at)
 	}
 	standing := func(name string) []lab.ProbeEvent {
-		s.count(s.p, "")
-		return s.p.Events(func(x lab.ProbeEvent) bool { return x.Kind == "Established" && x.Context == name })
+		return heard(s.p, func(x lab.ProbeEvent) bool { return x.Kind == "Established" && x.Context == name })
 	}
 	for _, proto := range []string{"tcp", "udp"} {
 		at, _ := s.redirect(e, ask("redirect "+proto, proto))

@@ -364,7 +364,7 @@ func TestB12RedirectFiltered(t *testing.T) {
 			mustWrite(t, c, "shout")
 			s.reads(c, "SHOUT")
 		}
-		if n := len(s.p.Events(func(e lab.ProbeEvent) bool {
+		if n := len(heard(s.p, func(e lab.ProbeEvent) bool {
 			return e.Kind == "Pump" && e.Dst == at.String() || e.Kind == "Pump" && e.Peer == to(f.srv, 2100).String()
 		})); n != 2 {
 			t.Errorf("%d pumps", n)

@@ -17,8 +17,7 @@ func TestB32PeerSendsFirst(t *testing.T) {
 		at, _ := s.bind(e, lab.ProbeArgs{Proto: "udp", Flags: []string{"AllowMultiple", "Bidirectional"}})
 		c := s.talk(s.Srv, at)
 		echo(s.t, c, "again")
-		s.count(s.p, "")
-		found := s.p.Events(func(e lab.ProbeEvent) bool { return e.Kind == "UDPDestination" })
+		found := heard(s.p, func(e lab.ProbeEvent) bool { return e.Kind == "UDPDestination" })
 		if len(found) != 1 || found[0].Dst != c.LocalAddr().String() || !found[0].Secondary {
 			s.t.Errorf("events %+v, want one for %s", found, c.LocalAddr())
 		}
@@ -192,9 +191,9 @@ func TestB61FilterOfForgottenPeer(t *testing.T) {
 			if from, text := ask(t, client, to(f.srv, 7), "hello"); from != to(f.srv, 7) || text != "HELLO" {
 				t.Errorf("%q from %s", text, from)
 			}
-			lab.Eventually(t, 10*time.Second, "the data filter is called off", func() bool { return len(s.p.Events(kinds("PumpEnd"))) == turn })
+			lab.Eventually(t, 10*time.Second, "the data filter is called off", func() bool { return len(heard(s.p, kinds("PumpEnd"))) == turn })
 			for _, kind := range []string{"UDPDestination", "Pump"} {
-				if n := len(s.p.Events(kinds(kind))); n != turn {
+				if n := len(heard(s.p, kinds(kind))); n != turn {
 					t.Errorf("after turn %d: %d %s", turn, n, kind)
 				}
 			}
