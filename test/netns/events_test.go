@@ -76,11 +76,13 @@ func TestB31DenyUDPDestination(t *testing.T) {
 	for _, do := range []string{"deny", "deny-peer"} {
 		t.Run(do, func(t *testing.T) {
 			eachFamily(t, func(t *testing.T, l *lab.Lab, f family) {
+				l.Srv.EchoTCP(7)
 				l.Srv.EchoUDP(7)
 				l.Other.EchoUDP(7)
 				seen, inside := l.Srv.Capture(), l.Client.Capture()
 				s := play(t, l, f, probed())
 				c := l.Client.MustListenPacket(f.network("udp"), ":0")
+				s.connect() // attaches
 				s.on("UDPDestination", do)
 				send(t, c, to(f.srv, 7), "hello")
 				s.p.Await(5*time.Second, kindTo("UDPDestination", to(f.srv, 7).String()))
