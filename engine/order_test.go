@@ -164,3 +164,29 @@ func TestAnAddressBasedPermissionServesSocketsOfTheAddress(t *testing.T) {
 		_ = a.Cancel() // perhaps it is used up
 	}
 }
+
+// TestNothingStaysOfACancelledPermission once user space holds no first packet
+// of it any more, though a flow that it let in lives.
+func TestNothingStaysOfACancelledPermission(t *testing.T) {
+	b, f := officeBench(t)
+	s, _ := f.call(t, b, client, control, outer)
+	n := filterapi.Negotiated{Primary: s.primary, Proto: flow.TCP, Flags: filterapi.AllowMultiple | filterapi.NoKernelMode}
+	target := ap("203.0.113.10:2000")
+	a, err := s.AllowFutureConnect(filterapi.FutureConnect{Negotiated: n, Target: target})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := b.Decide(t.Context(), syn("10.0.0.2:41000", target.String()))
+	if d.Path != flow.User {
+		t.Fatalf("path %v", d.Path)
+	}
+	if err := a.Cancel(); err != nil {
+		t.Fatal(err)
+	}
+	d.Takeover.Established()
+	b.calm()
+	if !b.kernel.empty() {
+		t.Errorf("the kernel holds %v", b.kernel.held)
+	}
+	d.Takeover.Ended(flow.Counts{}, flow.Closed, "")
+}

@@ -237,7 +237,7 @@ func (e *Engine) passed(c *connection) {
 	p := c.perm
 	p.mu.Lock()
 	p.pending--
-	last := p.pending == 0 && p.state == permUsed && p.ToUser
+	last := p.pending == 0 && p.state != permWaiting && p.ToUser
 	p.mu.Unlock()
 	if last {
 		e.tasks.run(func() { _ = e.enforce(p) }) // it logs

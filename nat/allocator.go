@@ -31,7 +31,7 @@ type Allocator struct {
 	now   func() time.Time
 
 	mu      sync.Mutex
-	leased  map[Endpoint]netip.Addr // to whom
+	leased  map[Endpoint]rest // to whom, and how long it was to rest before
 	resting map[Endpoint]rest
 	had     map[netip.Addr]int // how many of these each holder has
 	sweep   time.Time
@@ -51,7 +51,7 @@ const minShare = 64
 func NewAllocator(ports Range, busy func(Endpoint) bool, now func() time.Time) *Allocator {
 	return &Allocator{
 		ports: ports, share: max(minShare, (int(ports.Hi)-int(ports.Lo)+1)/8), busy: busy, now: now,
-		leased: make(map[Endpoint]netip.Addr), resting: make(map[Endpoint]rest), had: make(map[netip.Addr]int),
+		leased: make(map[Endpoint]rest), resting: make(map[Endpoint]rest), had: make(map[netip.Addr]int),
 	}
 }
 
@@ -173,21 +173,25 @@ func (a *Allocator) LeaseExact(p flow.Proto, at netip.AddrPort, n int) error {
 func (a *Allocator) take(holder netip.Addr, p flow.Proto, at netip.AddrPort, n int) {
 	for i := range n {
 		e := Endpoint{p, netip.AddrPortFrom(at.Addr(), at.Port()+uint16(i))}
+		before := a.resting[e] // zero: it was free
 		a.rested(e)
-		a.leased[e] = holder
+		a.leased[e] = rest{before.until, holder}
 		a.had[holder]++
 	}
 }
 
 // rested ends the rest of a port.
 func (a *Allocator) rested(e Endpoint) {
-	r, rests := a.resting[e]
-	if !rests {
-		return
+	if r, rests := a.resting[e]; rests {
+		delete(a.resting, e)
+		a.forget(r.of)
 	}
-	delete(a.resting, e)
-	if a.had[r.of]--; a.had[r.of] == 0 {
-		delete(a.had, r.of)
+}
+
+// forget counts one port less of a holder.
+func (a *Allocator) forget(holder netip.Addr) {
+	if a.had[holder]--; a.had[holder] == 0 {
+		delete(a.had, holder)
 	}
 }
 
@@ -196,18 +200,28 @@ func (a *Allocator) Return(p flow.Proto, addr netip.AddrPort) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	e := Endpoint{p, addr}
-	if holder, out := a.leased[e]; out {
+	if r, out := a.leased[e]; out {
 		delete(a.leased, e)
-		a.resting[e] = rest{a.now().Add(Quarantine), holder}
+		a.resting[e] = rest{a.now().Add(Quarantine), r.of}
 	}
 }
 
 // Unlease gives a lease back at which nobody could ever be reached: the port
-// need not rest.
+// need not rest, or no longer than it was to rest before.
 func (a *Allocator) Unlease(p flow.Proto, addr netip.AddrPort) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	delete(a.leased, Endpoint{p, addr})
+	e := Endpoint{p, addr}
+	r, out := a.leased[e]
+	if !out {
+		return
+	}
+	delete(a.leased, e)
+	if r.until.After(a.now()) {
+		a.resting[e] = r
+	} else {
+		a.forget(r.of)
+	}
 }
 
 // wake ends the rest of the ports whose time has come, at most once a second.

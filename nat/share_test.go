@@ -67,3 +67,45 @@ func TestAHolderLeavesPortsToOthers(t *testing.T) {
 		t.Errorf("after the rest: %v %v", at, ok)
 	}
 }
+
+// TestWhatNeverOpenedIsNotCounted: a port that is given back unused counts for
+// nobody, and one that rested for its holder goes on resting.
+func TestWhatNeverOpenedIsNotCounted(t *testing.T) {
+	now := time.Unix(1000, 0)
+	a := NewAllocator(Range{1000, 1099}, func(Endpoint) bool { return false }, func() time.Time { return now })
+	addr := netip.MustParseAddr("203.0.113.1")
+	greedy, modest := netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("10.0.0.3")
+	lease := func(holder netip.Addr, want bool) netip.AddrPort {
+		t.Helper()
+		at, ok := a.LeaseFor(holder, flow.TCP, addr, 1, false)
+		if ok != want {
+			t.Fatalf("lease: %v %v", at, ok)
+		}
+		return at
+	}
+	for range 1000 {
+		a.Unlease(flow.TCP, lease(greedy, true))
+	}
+	used := map[netip.AddrPort]bool{}
+	for range minShare {
+		used[lease(greedy, true)] = true
+	}
+	for at := range used {
+		a.Return(flow.TCP, at)
+	}
+	for range 1000 {
+		at := lease(greedy, true)
+		if !used[at] {
+			t.Fatalf("%v is not one of its own", at)
+		}
+		a.Unlease(flow.TCP, at)
+	}
+	for range 100 - minShare {
+		if at := lease(modest, true); used[at] {
+			t.Fatalf("%v rests after somebody else", at)
+		}
+	}
+	lease(modest, false)
+	now = now.Add(Quarantine)
+	lease(modest, true)
+}
