@@ -168,7 +168,10 @@ func (s *scene) talk(from *lab.Host, at netip.AddrPort) net.Conn {
 func (s *scene) asked(kind string, c net.Conn) lab.ProbeEvent {
 	s.t.Helper()
 	src := c.LocalAddr().String()
-	return s.p.Await(3*time.Second, func(e lab.ProbeEvent) bool { return e.Kind == kind && e.Src == src })
+	of := func(e lab.ProbeEvent) bool { return e.Kind == kind && e.Src == src }
+	s.p.Await(3*time.Second, of)
+	all := s.p.Events(of) // an attempt before may have had the same port
+	return all[len(all)-1]
 }
 
 // must gives an order about a primary connection and its session.
