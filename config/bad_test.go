@@ -103,10 +103,12 @@ var bad = []struct {
 	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters: {ftp: {}, nix: {}}\n", []string{`11: rule "r": filters: unknown filter "nix"`}},
 	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters: [ftp]\n", []string{`11: rule "r": filters: want a mapping, got a list`}},
 	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: t\n  filters:\n    tap:\n      x: y\n", []string{`13: rule "r": filters: tap: the filter takes no options`}},
-	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters:\n    ftp:\n      read_only: true\n      reed_only: true\n", []string{`14: rule "r": filters: ftp: unknown field "reed_only"`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters:\n    ftp:\n      read_only: true\n      reed_only: true\n", []string{`14: rule "r": filters: ftp: unknown option "reed_only"; the options are banner, deny, read_only`}},
 	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters:\n    ftp:\n      read_only: true\n      read_only: true\n", []string{`14: the key "read_only" stands there twice, first in line 13`, `14: rule "r": filters: ftp: duplicate key "read_only"`}},
-	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters:\n    ftp:\n      read_only: 7\n", []string{`13: rule "r": filters: ftp: cannot unmarshal uint64 into Go struct field ftpOptions.ReadOnly of type bool`}},
-	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters:\n    ftp: {banner: long}\n", []string{`12: rule "r": filters: ftp: the banner is too long`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters:\n    ftp:\n      read_only: 7\n", []string{`13: rule "r": filters: ftp: read_only: want true or false`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters:\n    ftp:\n      banner: hi\n      deny: STOR\n", []string{`14: rule "r": filters: ftp: deny: want a list`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters: {ftp: [read_only]}\n", []string{`11: rule "r": filters: ftp: want a mapping`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: my-ftp\n  filters:\n    ftp:\n      read_only: true\n      banner: long\n", []string{`12: rule "r": filters: ftp: the banner is too long`}},
 }
 
 func TestParseBad(t *testing.T) {

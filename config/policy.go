@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"slices"
 
-	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
 
 	"github.com/sluicegw/sluice/flow"
@@ -309,37 +308,4 @@ func (r *reader) filters(n ast.Node, what string) []policy.FilterUse {
 		list = append(list, use)
 	}
 	return list
-}
-
-// options lets a filter read its own options.
-func (r *reader) options(v *ast.MappingValueNode, what string, parse func(func(any) error) (any, error)) any {
-	empty := v.Value.Type() == ast.NullType || v.Value.Type() == ast.MappingType && len(pairs(v.Value)) == 0
-	if parse == nil {
-		if !empty {
-			r.fail(v.Value, "%s: the filter takes no options", what)
-		}
-		return nil
-	}
-	line := lineOf(v.Value)
-	decode := func(into any) (err error) {
-		if empty {
-			return nil
-		}
-		defer func() { // the YAML decoder is not ours
-			if p := recover(); p != nil {
-				err = fmt.Errorf("decode options: %v", p)
-			}
-		}()
-		if err := yaml.NodeToValue(v.Value, into, yaml.Strict()); err != nil {
-			var reason any
-			line, _, reason = yamlError(err, line)
-			return fmt.Errorf("%v", reason)
-		}
-		return nil
-	}
-	options, err := parse(decode)
-	if err != nil {
-		r.failAt(line, "%s: %v", what, err)
-	}
-	return options
 }

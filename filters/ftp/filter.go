@@ -91,7 +91,7 @@ func (f *filter) ParseOptions(decode func(into any) error) (any, error) {
 		Commands  []string `yaml:"commands"`
 	}
 	if err := decode(&text); err != nil {
-		return nil, fmt.Errorf("ftp options: %w", err)
+		return nil, err
 	}
 	o := &options{readOnly: text.ReadOnly, extra: map[string]bool{}}
 	var err error
@@ -102,18 +102,18 @@ func (f *filter) ParseOptions(decode func(into any) error) (any, error) {
 		return nil, err
 	}
 	if o.readOnly && o.passAuth {
-		return nil, errors.New("ftp options: auth_tls: pass hides the commands that read_only has to see")
+		return nil, errors.New("auth_tls: pass hides the commands that read_only has to see")
 	}
 	if o.readOnly && o.passMalformed {
-		return nil, errors.New("ftp options: malformed: pass ends the filtering that read_only relies on")
+		return nil, errors.New("malformed: pass ends the filtering that read_only relies on")
 	}
 	for _, verb := range text.Commands {
 		up := strings.ToUpper(verb)
 		switch {
 		case !isVerb(up):
-			return nil, fmt.Errorf("ftp options: commands: %q is not a verb: want a letter, then at most %d letters and digits", verb, maxVerb-1)
+			return nil, fmt.Errorf("commands: %q is not a verb: want a letter, then at most %d letters and digits", verb, maxVerb-1)
 		case verbs[up] != unknown:
-			return nil, fmt.Errorf("ftp options: commands: %q is known already", verb)
+			return nil, fmt.Errorf("commands: %q is known already", verb)
 		}
 		o.extra[up] = true
 	}
@@ -127,5 +127,5 @@ func isPass(key, value, other string) (bool, error) {
 	case "", other:
 		return false, nil
 	}
-	return false, fmt.Errorf("ftp options: %s: %q: want %q or %q", key, value, other, "pass")
+	return false, fmt.Errorf("%s: %q: want %q or %q", key, value, other, "pass")
 }

@@ -141,7 +141,7 @@ func (f *filter) ParseOptions(decode func(into any) error) (any, error) {
 		Registrations int      `yaml:"registrations"`
 	}{Calls: defaultCalls, Registrations: defaultRegistrations}
 	if err := decode(&text); err != nil {
-		return nil, fmt.Errorf("sip options: %w", err)
+		return nil, err
 	}
 	o := &options{calls: text.Calls, registrations: text.Registrations}
 	switch text.Malformed {
@@ -149,17 +149,18 @@ func (f *filter) ParseOptions(decode func(into any) error) (any, error) {
 		o.passMalformed = true
 	case "", "cut":
 	default:
-		return nil, fmt.Errorf("sip options: malformed: %q: want %q or %q", text.Malformed, "cut", "pass")
+		return nil, fmt.Errorf("malformed: %q: want %q or %q", text.Malformed, "cut", "pass")
 	}
-	for key, n := range map[string]int{"calls": o.calls, "registrations": o.registrations} {
-		if n < 1 || n > mostOfAny {
-			return nil, fmt.Errorf("sip options: %s: %d: want 1 to %d", key, n, mostOfAny)
-		}
+	if o.calls < 1 || o.calls > mostOfAny {
+		return nil, fmt.Errorf("calls: %d: want 1 to %d", o.calls, mostOfAny)
+	}
+	if o.registrations < 1 || o.registrations > mostOfAny {
+		return nil, fmt.Errorf("registrations: %d: want 1 to %d", o.registrations, mostOfAny)
 	}
 	for _, s := range text.Media {
 		p, err := parsePrefix(s)
 		if err != nil {
-			return nil, fmt.Errorf("sip options: media: %w", err)
+			return nil, fmt.Errorf("media: %w", err)
 		}
 		o.media = append(o.media, p)
 	}

@@ -72,7 +72,7 @@ func (f *filter) ParseOptions(decode func(into any) error) (any, error) {
 		ReadOnly bool `yaml:"read_only"`
 	}
 	if err := decode(&text); err != nil {
-		return nil, fmt.Errorf("tftp options: %w", err)
+		return nil, err
 	}
 	return &options{readOnly: text.ReadOnly}, nil
 }
