@@ -1,9 +1,11 @@
 package kernelpath
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/sluicegw/sluice/flow"
@@ -227,14 +229,14 @@ func outermost(sources []netip.Prefix) []netip.Prefix {
 	if len(sources) < 2 {
 		return sources
 	}
-	var kept []netip.Prefix
-	for i, p := range sources {
-		covered := false
-		for j, q := range sources {
-			wider := q.Bits() < p.Bits() || q.Bits() == p.Bits() && j < i
-			covered = covered || i != j && wider && q.Overlaps(p)
-		}
-		if !covered {
+	// There may be thousands. In this order the one that covers comes right
+	// before what it covers.
+	sorted := slices.SortedFunc(slices.Values(sources), func(p, q netip.Prefix) int {
+		return cmp.Or(p.Masked().Addr().Compare(q.Masked().Addr()), cmp.Compare(p.Bits(), q.Bits()))
+	})
+	kept := sorted[:1]
+	for _, p := range sorted[1:] {
+		if !kept[len(kept)-1].Overlaps(p) {
 			kept = append(kept, p)
 		}
 	}

@@ -129,9 +129,10 @@ func (h *holders) take(c *change, now time.Time) {
 	id := c.permission.ID
 	slots, err := slotsOf(c.permission)
 	remove := c.remove || err != nil
+	gate := h.gate(slots)
 	for _, s := range slots {
 		held := h.slots[s.at()]
-		if !remove && (held != nil && !held.slot.same(s) && !held.only(id) || h.overlaps(s, slots, id)) {
+		if !remove && (held != nil && !held.slot.same(s) && !held.only(id) || h.overlaps(s, gate, id)) {
 			err, remove = ErrConflict, true
 		}
 	}
@@ -215,16 +216,11 @@ func (h *holders) sweep(now time.Time) {
 // overlaps says whether another permission holds a range for the same address
 // that overlaps this one and is not the same. The kernel finds a range that is
 // to be deleted by its first key alone, and would take the other one away.
-func (h *holders) overlaps(s slot, all []slot, id uint64) bool {
-	if !s.isRange() {
+func (h *holders) overlaps(s slot, gate *held, id uint64) bool {
+	if !s.isRange() || gate == nil {
 		return false
 	}
-	// All that have ranges for the address hold what leads to these.
-	gate := slices.IndexFunc(all, func(s slot) bool { return s.elem.verdict != nil && s.elem.verdict.Chain == chainWide })
-	if gate < 0 || h.slots[all[gate].at()] == nil {
-		return false
-	}
-	for _, x := range h.slots[all[gate].at()].by {
+	for _, x := range gate.by {
 		if x.id == id {
 			continue
 		}
@@ -236,6 +232,16 @@ func (h *holders) overlaps(s slot, all []slot, id uint64) bool {
 		}
 	}
 	return false
+}
+
+// gate is what leads to the ranges for the address of these slots: all that
+// have some hold it. nil: nobody does.
+func (h *holders) gate(slots []slot) *held {
+	at := slices.IndexFunc(slots, func(s slot) bool { return s.elem.verdict != nil && s.elem.verdict.Chain == chainWide })
+	if at < 0 {
+		return nil
+	}
+	return h.slots[slots[at].at()]
 }
 
 func (h *held) only(id uint64) bool {
