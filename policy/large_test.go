@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net/netip"
 	"testing"
-	"time"
 
 	"github.com/sluicegw/sluice/flow"
 )
@@ -97,15 +96,9 @@ func TestStagesOf10000Rules(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			start := time.Now()
 			c, err := p.Compile()
 			if err != nil {
 				t.Fatal(err)
-			}
-			took := time.Since(start)
-			t.Logf("compiled in %v", took)
-			if took > 2*time.Second {
-				t.Errorf("took %v", took)
 			}
 			if stages, boxes := count(c, x.in, x.out); stages != x.stages || boxes != x.boxes {
 				t.Errorf("%d stages with %d boxes, want %d with %d", stages, boxes, x.stages, x.boxes)

@@ -413,7 +413,9 @@ func awaitSegment(h *lab.Host, port int) {
 func TestSIPReachableWithoutFlow(t *testing.T) {
 	t.Parallel()
 	l := lab.New(t)
-	g := l.Gateway(sipConfig(""))
+	config := sipConfig("")
+	config.Extra = "udp: {peer_idle: 3, socket_idle: 4}\n"
+	g := l.Gateway(config)
 	known := map[netip.Addr]netip.AddrPort{}
 	agents := map[netip.Addr][2]*sipAgent{}
 	for srv, client := range map[netip.Addr]netip.Addr{lab.Srv4: lab.Client4, lab.Srv6: lab.Client6} {
