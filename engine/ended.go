@@ -20,8 +20,14 @@ func (e *Engine) over(c *connection, end flow.End) {
 		return
 	}
 	e.flows.remove(c)
+	if end.Start.IsZero() {
+		end.Start = c.start
+	}
 	if end.Stop.IsZero() {
 		end.Stop = e.now()
+	}
+	if end.Start.After(end.Stop) {
+		end.Start = end.Stop // its end was heard before its beginning
 	}
 	e.record(end, about{rule: c.rule, protocol: c.protocol, session: c.session, secondary: c.secondary, perm: c.perm})
 	if c.perm != nil {
@@ -72,25 +78,27 @@ const sameStart = time.Second
 // KernelEnded takes conntrack's word that a kernel flow is over. It is called
 // for every flow with the Kernel mark, judged here or not, and does not block.
 func (e *Engine) KernelEnded(end flow.End) {
-	if c := e.flows.find(end.Tuple); c != nil {
-		kernel := c.inKernel()
-		earlier := !end.Start.IsZero() && end.Start.Add(sameStart).Before(c.start)
-		if kernel && earlier {
+	c := e.flows.find(end.Tuple)
+	if c != nil && c.inKernel() {
+		if !end.Start.IsZero() && end.Start.Add(sameStart).Before(c.start) {
 			return // of the flow that c has replaced, which is in the log
 		}
-		if kernel {
-			if end.Start.IsZero() {
-				end.Start = c.start
-			}
-			e.over(c, end)
-			return
-		}
-	}
-	if end.Start.IsZero() {
-		end.Start = e.now()
+		e.over(c, end)
+		return
 	}
 	if end.Stop.IsZero() {
 		end.Stop = e.now()
+	}
+	if c == nil && e.overtakes(end) {
+		return
+	}
+	e.recordByRules(end)
+}
+
+// recordByRules records the end of a kernel flow that the rules alone let in.
+func (e *Engine) recordByRules(end flow.End) {
+	if end.Start.IsZero() {
+		end.Start = end.Stop
 	}
 	q, err := e.question(end.Tuple, "")
 	if err != nil {

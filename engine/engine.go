@@ -62,6 +62,7 @@ type Engine struct {
 	factories factories
 	flows     living
 	perms     permissions
+	overtaken overtaken
 	tasks     tasks
 	leaks     leaks
 
@@ -155,6 +156,9 @@ func (e *Engine) Stop() {
 	for _, s := range e.sessions.all() {
 		s.mu.Lock()
 		e.endSession(s)
+	}
+	for _, x := range e.overtaken.all() {
+		e.unheard(x)
 	}
 	e.tasks.wait()
 	e.tasks.mu.Lock()

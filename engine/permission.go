@@ -56,11 +56,13 @@ type permission struct {
 	pending    int                      // those whose first packet user space holds
 	early      map[flow.Tuple]time.Time // established, and not known yet
 	filter     *filterapi.IPFilter
-	awaiting   bool // a bind without a client's address
-	discarding bool // a bind that nobody has allowed yet
-	forced     bool // its flows stay in user space
-	burst      bool // a burst of datagrams waits for user space
-	emulated   bool // a bind that a filter emulates: nothing is opened
+	awaiting   bool      // a bind without a client's address
+	discarding bool      // a bind that nobody has allowed yet
+	forced     bool      // its flows stay in user space
+	burst      bool      // a burst of datagrams waits for user space
+	emulated   bool      // a bind that a filter emulates: nothing is opened
+	openSince  time.Time // when the kernel first let flows in; zero: never
+	openUntil  time.Time // and when no more; zero: it does
 	timer      *time.Timer
 	expiry     time.Time // zero: none
 

@@ -159,6 +159,7 @@ func (e *Engine) KernelUsed(first flow.Packet) {
 	if p.notify != nil && e.wasEarly(c.tuple) {
 		e.established(c)
 	}
+	e.overtake(c)
 }
 
 // void ends a permission that waits, and returns when the kernel has
@@ -312,6 +313,9 @@ func (e *Engine) bring(p *permission, want inKernel, form nat.Permission, listen
 		err = e.kernel.Remove(context.Background(), form)
 	case want == holdsOpening, want == holdsTranslation && p.inKernel != holdsTranslation:
 		p.opened = true
+		if want == holdsOpening {
+			p.noteOpening(true, e.now())
+		}
 		err = e.kernel.Install(context.Background(), form)
 	}
 	switch {
@@ -321,10 +325,29 @@ func (e *Engine) bring(p *permission, want inKernel, form nat.Permission, listen
 	case want != holdsWhatItHas:
 		p.inKernel = want
 	}
+	if want != holdsOpening {
+		p.noteOpening(false, e.now())
+	}
 	if listens {
 		return nil
 	}
 	return e.watch(p, false)
+}
+
+// noteOpening notes that the kernel is about to let flows in, or lets none in
+// any more.
+func (p *permission) noteOpening(open bool, now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case !open && p.openUntil.IsZero():
+		p.openUntil = now
+	case open && p.openSince.IsZero():
+		p.openSince = now
+	}
+	if open {
+		p.openUntil = time.Time{}
+	}
 }
 
 // closeObject tells the filters that a bind's address is open no more.
