@@ -99,6 +99,19 @@ func isTimeout(err error) bool {
 	return errors.As(err, &n) && n.Timeout()
 }
 
+// hears waits for what a filter says.
+func hears(t *testing.T, said <-chan error, want error) {
+	t.Helper()
+	select {
+	case err := <-said:
+		if !errors.Is(err, want) {
+			t.Fatalf("the filter heard %v, want %v", err, want)
+		}
+	case <-time.After(patience):
+		t.Fatalf("the filter heard nothing, want %v", want)
+	}
+}
+
 func TestEmulatedEnds(t *testing.T) {
 	l := newTCPLab(t, nil)
 	until := func(after func(in filterapi.Socket) error) filterapi.DataFilter {
@@ -133,15 +146,15 @@ func TestEmulatedEnds(t *testing.T) {
 			mustEnd(t, c, unix.ECONNRESET)
 		}, flow.Failed, errNothingToRelease.Error()},
 		{"the client resets", until(func(in filterapi.Socket) error {
+			heard <- nil
 			_, err := in.Recv()
 			heard <- err
 			return err
 		}), func(t *testing.T, c *net.TCPConn, _ *recorder) {
+			hears(t, heard, nil) // a reset takes away what nobody has received yet
 			c.SetLinger(0)
 			c.Close()
-			if err := <-heard; !errors.Is(err, unix.ECONNRESET) {
-				t.Errorf("the filter heard %v", err)
-			}
+			hears(t, heard, unix.ECONNRESET)
 		}, flow.Reset, ""},
 		{"killed", until(func(in filterapi.Socket) error {
 			_, err := in.Recv()
