@@ -33,11 +33,9 @@ func (s *session) RedirectConnections(r filterapi.Redirect) (netip.AddrPort, []f
 	if err != nil {
 		return fail(err)
 	}
-	for _, p := range perms {
-		if err := s.e.preview(p); err != nil {
-			s.e.abandon(perms...)
-			return fail(err)
-		}
+	if err := s.e.previewAll(perms); err != nil {
+		s.e.abandon(perms...)
+		return fail(err)
 	}
 	if err := s.e.grant(perms...); err != nil {
 		s.e.abandon(perms...)
@@ -92,18 +90,29 @@ func (s *session) leaseInside(proto flow.Proto, perms []*permission) (netip.Addr
 	return first, nil
 }
 
+// previewAll raises the events of all targets. The filters have for all of them
+// together the time that a call waits.
+func (e *Engine) previewAll(perms []*permission) error {
+	ctx, cancel := context.WithTimeout(context.Background(), e.answer)
+	defer cancel()
+	for _, p := range perms {
+		if err := e.preview(ctx, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // preview raises the event of the connections to come, with a connection that
 // is over when the call returns. It settles whether the kernel may carry them:
 // if a filter wants to hold this one, each of them comes to user space and
 // raises the event again.
-func (e *Engine) preview(p *permission) error {
+func (e *Engine) preview(ctx context.Context, p *permission) error {
 	c := &connection{
 		e: e, session: p.session, start: e.now(),
 		tuple: flow.Tuple{Proto: p.Proto, Src: netip.AddrPortFrom(p.session.addr, 0), Dst: p.Via},
 	}
 	c.inherit(p)
-	ctx, cancel := context.WithTimeout(context.Background(), e.answer)
-	defer cancel()
 	err := e.raise(ctx, c)
 	p.forced = p.forced || c.forUser()
 	p.ToUser = p.forced
