@@ -261,7 +261,7 @@ func (e *Engine) divert(f *factory) error {
 		return nil
 	}
 	f.held = true // perhaps, also after an error
-	return e.kernel.Install(context.Background(), f.kernel)
+	return e.put(f.kernel)
 }
 
 // withdraw removes what the kernel holds, and tries until it is gone.

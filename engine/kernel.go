@@ -14,7 +14,8 @@ import (
 // use; changes that wait together go out together.
 type Kernel interface {
 	// Install lets the flows of a permission in; one with the same ID is
-	// replaced. On error nothing of it is in force.
+	// replaced. On error nothing of it is in force; nat.ErrConflict: another
+	// one has the same addresses and sends its flows elsewhere.
 	Install(context.Context, nat.Permission) error
 	// Remove voids a permission; one that is used up or gone is no error.
 	Remove(context.Context, nat.Permission) error

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
@@ -316,7 +317,7 @@ func (e *Engine) bring(p *permission, want inKernel, form nat.Permission, listen
 		if want == holdsOpening {
 			p.noteOpening(true, e.now())
 		}
-		err = e.kernel.Install(context.Background(), form)
+		err = e.put(form)
 	}
 	switch {
 	case err != nil:
@@ -332,6 +333,16 @@ func (e *Engine) bring(p *permission, want inKernel, form nat.Permission, listen
 		return nil
 	}
 	return e.watch(p, false)
+}
+
+// put has the kernel hold a permission. Where it holds another one for the same
+// addresses, filters are told so.
+func (e *Engine) put(p nat.Permission) error {
+	err := e.kernel.Install(context.Background(), p)
+	if errors.Is(err, nat.ErrConflict) {
+		return fmt.Errorf("%w: %w", filterapi.ErrAlreadyExists, err)
+	}
+	return err
 }
 
 // noteOpening notes that the kernel is about to let flows in, or lets none in

@@ -55,7 +55,8 @@ type Connection interface {
 	// the kernel has acknowledged; nil: all, empty: none. ErrNotSupported on
 	// a flow and on an emulated bind, ErrInvalidArgument for sources of the
 	// other address family, ErrTerminating when the bind is used up, expired
-	// or closed.
+	// or closed, ErrAlreadyExists when its address leads elsewhere for some of
+	// them; then nobody may use it until it is set again.
 	SetIPFilter(*IPFilter) error
 	// IPFilter gives a copy of the current one; nil: everybody may.
 	IPFilter() *IPFilter
@@ -63,6 +64,7 @@ type Connection interface {
 	// made without a client's address, and opens it. ErrInvalidArgument for a
 	// bad address, when it was set before, and on anything but such a bind;
 	// ErrPolicyDenied for an address that the flags of the bind do not allow;
+	// ErrAlreadyExists when the external address leads elsewhere;
 	// ErrTerminating when the bind is over.
 	SetClientAddress(netip.AddrPort) error
 

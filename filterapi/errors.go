@@ -19,7 +19,8 @@ var (
 	// ErrBadContext: the call is not allowed at this moment, for instance
 	// Deny outside the handler of the event.
 	ErrBadContext = errors.New("not allowed in this context")
-	// ErrAlreadyExists: the thing was set before and can be set once only.
+	// ErrAlreadyExists: the thing was set before and can be set once only, or
+	// another permission stands in its way.
 	ErrAlreadyExists = errors.New("already exists")
 	// ErrAlreadyEmulated: the connection is emulated already, by another
 	// filter or by an earlier call.

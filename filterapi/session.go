@@ -113,14 +113,17 @@ type Session interface {
 	// again.
 	// Flags: AllowMultiple, Timeout, NoKernelMode, IncreaseReceiveBuffer.
 	// Errors: ErrInvalidArgument, ErrPolicyDenied, ErrNetworkDenied,
-	// ErrNoPorts (then nothing is installed), ErrQuota, ErrTerminating.
+	// ErrNoPorts (then nothing is installed), ErrQuota, ErrTerminating,
+	// ErrAlreadyExists (see AllowFutureConnect).
 	RedirectConnections(Redirect) (inside netip.AddrPort, actions []Action, err error)
 
 	// AllowFutureConnect lets the client open a secondary connection.
 	// Flags: AllowMultiple, Timeout, NoKernelMode, AddressBased, ToSameNet,
 	// ToSameNetwork, ToAll.
 	// Errors: ErrInvalidArgument, ErrPolicyDenied, ErrNetworkDenied, ErrQuota,
-	// ErrTerminating.
+	// ErrTerminating, ErrAlreadyExists (another permission is for the same
+	// client and target, and differs in where its connections leave from or in
+	// whether filters are asked about each).
 	AllowFutureConnect(FutureConnect) (Action, error)
 
 	// BindForClient opens an external address of the gateway for each of the
@@ -134,7 +137,8 @@ type Session interface {
 	// ToAll.
 	// Errors: ErrInvalidArgument, ErrPolicyDenied, ErrNetworkDenied,
 	// ErrNoPorts (then nothing is open), ErrQuota, ErrTerminating,
-	// ErrAlreadyExists (an address that another bind has).
+	// ErrAlreadyExists (an address that another bind has, or that leads
+	// elsewhere for some of the sources).
 	BindForClient(Bind) ([]Connection, error)
 
 	// RetroactiveAllowBind allows a bind of this session that discards so far.
@@ -142,14 +146,17 @@ type Session interface {
 	// goes on as it was.
 	// Flags: Bidirectional, IncreaseReceiveBuffer.
 	// Errors: ErrInvalidArgument, ErrNotFound, ErrTerminating (the bind is
-	// closing), ErrPolicyDenied, ErrNetworkDenied.
+	// closing), ErrPolicyDenied, ErrNetworkDenied, ErrAlreadyExists (see
+	// BindForClient).
 	RetroactiveAllowBind(AllowBind) (already bool, err error)
 
 	// SetDataFilterFactory attaches data filters to connections to come,
 	// without an event: for each one, New is called with the time of a handler.
 	// It lasts until it is cancelled or the session ends.
 	// Flags: AddressBased.
-	// Errors: ErrInvalidArgument, ErrTerminating, ErrQuota.
+	// Errors: ErrInvalidArgument, ErrTerminating, ErrQuota, ErrAlreadyExists (a
+	// permission for the same client and target has its connections leave from
+	// an address of its own).
 	SetDataFilterFactory(DataFilterFactory) (Action, error)
 
 	// EmulateClientBind makes a bind that a filter emulates: the events of a

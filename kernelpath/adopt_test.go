@@ -126,7 +126,7 @@ func TestCommitRangesThatOverlap(t *testing.T) {
 	install(t, table, wide)
 	install(t, table, same)
 	for range 2 {
-		if err := table.Install(context.Background(), narrow); !errors.Is(err, ErrConflict) {
+		if err := table.Install(context.Background(), narrow); !errors.Is(err, nat.ErrConflict) {
 			t.Errorf("a range inside another one: %v", err)
 		}
 		revoke(t, table, narrow)

@@ -104,7 +104,7 @@ func TestCommitOwnErrors(t *testing.T) {
 		func() error { return table.Remove(context.Background(), outbound(4, 2004)) },
 		func() error { return table.Install(context.Background(), published(5, 8080, "10.0.0.3:80")) },
 		func() error { cancel(); return table.Install(gone, outbound(6, 2006)) })
-	for i, want := range []error{nil, nil, ErrPermission, nil, ErrConflict, context.Canceled} {
+	for i, want := range []error{nil, nil, ErrPermission, nil, nat.ErrConflict, context.Canceled} {
 		if !errors.Is(errs[i], want) || (want == nil) != (errs[i] == nil) {
 			t.Errorf("call %d: %v, want %v", i, errs[i], want)
 		}
@@ -233,7 +233,7 @@ func TestCommitAgainstModel(t *testing.T) {
 			delete(model, p.ID)
 			var err error
 			if conflicts(model, p) {
-				err = ErrConflict
+				err = nat.ErrConflict
 			} else {
 				model[p.ID] = p
 			}

@@ -2,11 +2,12 @@ package kernelpath
 
 import (
 	"bytes"
-	"errors"
 	"maps"
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/sluicegw/sluice/nat"
 )
 
 // holders is the owner goroutine's record of what it has installed: a slot is
@@ -81,11 +82,6 @@ func newHolders() holders {
 	return holders{slots: map[slotKey]*held{}, byID: map[uint64][]slotKey{}}
 }
 
-// ErrConflict is a permission for an address and port that another permission
-// holds, and sends elsewhere; or whose sources are a range that overlaps one of
-// that permission and is not the same.
-var ErrConflict = errors.New("another permission has the same address and port and another destination")
-
 // begin starts a transaction; undo takes everything back that was taken since.
 func (h *holders) begin() (undo func()) {
 	h.touched, h.newest = map[slotKey]*held{}, map[slotKey]slot{}
@@ -133,7 +129,7 @@ func (h *holders) take(c *change, now time.Time) {
 	for _, s := range slots {
 		held := h.slots[s.at()]
 		if !remove && (held != nil && !held.slot.same(s) && !held.only(id) || h.overlaps(s, gate, id)) {
-			err, remove = ErrConflict, true
+			err, remove = nat.ErrConflict, true
 		}
 	}
 	if c.refused = nil; !c.remove {

@@ -4,6 +4,7 @@
 package nat
 
 import (
+	"errors"
 	"net/netip"
 	"time"
 
@@ -62,3 +63,8 @@ type Permission struct {
 	// Timeout is the time until it expires; 0: never.
 	Timeout time.Duration
 }
+
+// ErrConflict: the kernel holds another permission for the same addresses,
+// which sends its flows elsewhere; or one from a range of sources that overlaps
+// and is not the same.
+var ErrConflict = errors.New("another permission has the same address and port and another destination")
