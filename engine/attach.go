@@ -147,20 +147,6 @@ func (c *connection) far() netip.AddrPort {
 // inbound says whether a permission let the flow in towards the client.
 func (c *connection) inbound() bool { return c.perm != nil && c.perm.inbound() }
 
-// maxRemembered bounds the data filters that one session remembers for peers.
-const maxRemembered = 256
-
-// peerKey names a peer of a client's UDP socket.
-type peerKey struct{ socket, peer netip.AddrPort }
-
-// remembered is a data filter for one peer, which is there again when the peer
-// comes back. by is the number of the connection in whose event it was
-// attached: in another one's the filter replaces it.
-type remembered struct {
-	link Link
-	by   uint64
-}
-
 // attachWithDestination is AttachDataFilterWithDestination, called by a
 // filter.
 func (c *connection) attachWithDestination(r *registered, df filterapi.DataFilter, class filterapi.Priority, peer netip.AddrPort) error {
@@ -182,53 +168,16 @@ func (c *connection) attachWithDestination(r *registered, df filterapi.DataFilte
 		c.number = c.e.nextID()
 	}
 	keep := remembered{l, c.number}
-	var kept bool
 	if c.inbound() {
-		kept = c.perm.object.remember(keep)
+		c.perm.object.remember(keep)
 	} else {
-		kept = c.session.remember(peerKey{c.tuple.Src, peer}, keep)
-	}
-	if !kept {
-		return filterapi.ErrQuota
+		c.session.remember(peerKey{c.tuple.Src, peer}, keep)
 	}
 	if peer == c.far() {
 		c.links = slices.DeleteFunc(c.links, func(x Link) bool { return x.inherited && x.owner == r && x.peer == peer })
 		c.link(l)
 	}
 	return nil
-}
-
-// remember keeps a data filter for a peer of a client's socket; false: too
-// many are kept.
-func (s *session) remember(k peerKey, m remembered) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.peers == nil {
-		s.peers = make(map[peerKey][]remembered)
-	}
-	if len(s.peers) >= maxRemembered && s.peers[k] == nil {
-		return false
-	}
-	s.peers[k] = replace(s.peers[k], m)
-	return true
-}
-
-// remember keeps a data filter for a peer of a bind.
-func (c *connection) remember(m remembered) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if len(c.peers) >= maxRemembered {
-		return false
-	}
-	c.peers = replace(c.peers, m)
-	return true
-}
-
-func replace(in []remembered, m remembered) []remembered {
-	out := slices.DeleteFunc(slices.Clone(in), func(x remembered) bool {
-		return x.link.owner == m.link.owner && x.link.peer == m.link.peer && x.by != m.by
-	})
-	return append(out, m)
 }
 
 // inheritLinks puts on a UDP flow what stands ready for its peer: on the bind

@@ -34,9 +34,11 @@ type Connection interface {
 	// context of Pump is cancelled when the peer is forgotten; should the peer
 	// come back, Pump is called again. Only inside the handler of a
 	// UDPDestinationEvent or of a BindEvent for UDP. ErrInvalidArgument for a
-	// TCP connection or a peer without a port, ErrQuota when too many are
-	// remembered. What the filter attached for the same peer in an earlier
-	// event, it replaces.
+	// TCP connection or a peer without a port. What the filter attached for the
+	// same peer in an earlier event, it replaces. A few hundred peers are
+	// remembered for each session and for each bind; for one more, those whose
+	// flows are over are forgotten, or else the oldest. A living flow keeps its
+	// data filters.
 	AttachDataFilterWithDestination(f DataFilter, p Priority, peer netip.AddrPort) error
 	// Deny refuses what the event asks for: the client of a connect gets a
 	// reset, the peer of an accept too, datagrams to a denied UDP destination
