@@ -81,13 +81,15 @@ type Permission struct {
 	Multiple bool     `json:"multiple"`
 	OneWay   bool     `json:"one_way,omitempty"`
 	// AddressBased: it belongs to the client's address, not to the session.
-	AddressBased bool   `json:"address_based,omitempty"`
-	Notify       bool   `json:"notify,omitempty"` // a filter hears of established flows
-	Path         string `json:"path"`
-	Rule         string `json:"rule"`
-	Protocol     string `json:"protocol,omitempty"`
-	Session      uint64 `json:"session"`
-	Flows        int    `json:"flows"`
+	AddressBased bool `json:"address_based,omitempty"`
+	Notify       bool `json:"notify,omitempty"` // a filter hears of established flows
+	// Path is who carries the flows: "kernel", "user", or "asked", which is
+	// the kernel unless a filter that is shown the first packet wants the flow.
+	Path     string `json:"path"`
+	Rule     string `json:"rule"`
+	Protocol string `json:"protocol,omitempty"`
+	Session  uint64 `json:"session"`
+	Flows    int    `json:"flows"`
 	// Living are the flows that it has let in.
 	Living  []Ends     `json:"living,omitempty"`
 	Expires *time.Time `json:"expires,omitempty"`
@@ -114,7 +116,7 @@ func PermissionOf(i engine.PermissionInfo) Permission {
 	p := Permission{
 		ID: i.ID, State: i.State, Direction: "outbound", Proto: i.Proto.String(), Client: i.Owner.String(),
 		Target: addr(i.Target), Via: addr(i.Via), Source: addr(i.Source), External: addr(i.External),
-		Multiple: i.Multiple, OneWay: i.OneWay, AddressBased: i.AddressBased, Notify: i.Notify, Path: flow.Kernel.String(),
+		Multiple: i.Multiple, OneWay: i.OneWay, AddressBased: i.AddressBased, Notify: i.Notify, Path: i.Path,
 		Rule: i.Rule, Protocol: i.Protocol, Session: i.Session, Flows: i.Flows,
 	}
 	for _, t := range i.Living {
@@ -131,9 +133,6 @@ func PermissionOf(i engine.PermissionInfo) Permission {
 		if i.AnySource {
 			p.Sources = []string{"any"}
 		}
-	}
-	if i.ToUser {
-		p.Path = flow.User.String()
 	}
 	if !i.Expires.IsZero() {
 		t := i.Expires

@@ -69,19 +69,20 @@ func (g *fakeGateway) Permissions() []Permission {
 			Target: netip.MustParseAddrPort("203.0.113.10:80"), Via: netip.MustParseAddrPort("10.0.0.1:61000"),
 			Source: netip.MustParseAddrPort("203.0.113.2:0"), ToUser: true,
 		},
+		Path:  "asked",
 		Owner: netip.MustParseAddr("10.0.0.2"), State: "used", Rule: "ftp", Protocol: "ftp", Session: 3, Flows: 1, Notify: true,
 		Living: []flow.Tuple{{Proto: flow.TCP, Src: netip.MustParseAddrPort("10.0.0.2:40000"), Dst: netip.MustParseAddrPort("10.0.0.1:61000")}},
 	}), PermissionOf(engine.PermissionInfo{
 		Permission: nat.Permission{
 			ID: 8, Direction: nat.Inbound, Proto: flow.UDP, External: netip.MustParseAddrPort("203.0.113.1:61002"), OneWay: true,
 		},
-		State: "waiting", Session: 3, AddressBased: true,
+		State: "waiting", Path: "kernel", Session: 3, AddressBased: true,
 	}), PermissionOf(engine.PermissionInfo{
 		Permission: nat.Permission{
 			ID: 7, Direction: nat.Inbound, Proto: flow.TCP, Client: netip.MustParseAddrPort("10.0.0.2:5000"),
 			External: netip.MustParseAddrPort("203.0.113.1:61000"), AnySource: true,
 		},
-		State: "armed", Rule: "ftp", Session: 3,
+		State: "armed", Path: "user", Rule: "ftp", Session: 3,
 	})}
 }
 
@@ -174,9 +175,9 @@ func TestShapes(t *testing.T) {
 	}}}
 	for url, want := range map[string]string{
 		"/flows": `[{"path":"user","proto":"tcp","src":"10.0.0.2:40000","dst":"203.0.113.10:21","rule":"ftp","start":"2023-11-14T22:13:20Z"}]`,
-		"/permissions": `[{"id":6,"state":"used","direction":"redirect","proto":"tcp","client":"10.0.0.2","target":"203.0.113.10:80","via":"10.0.0.1:61000","source":"203.0.113.2:0","multiple":false,"notify":true,"path":"user","rule":"ftp","protocol":"ftp","session":3,"flows":1,"living":[{"src":"10.0.0.2:40000","dst":"10.0.0.1:61000"}]},` +
+		"/permissions": `[{"id":6,"state":"used","direction":"redirect","proto":"tcp","client":"10.0.0.2","target":"203.0.113.10:80","via":"10.0.0.1:61000","source":"203.0.113.2:0","multiple":false,"notify":true,"path":"asked","rule":"ftp","protocol":"ftp","session":3,"flows":1,"living":[{"src":"10.0.0.2:40000","dst":"10.0.0.1:61000"}]},` +
 			`{"id":8,"state":"waiting","direction":"inbound","proto":"udp","client":"","external":"203.0.113.1:61002","multiple":false,"one_way":true,"address_based":true,"path":"kernel","rule":"","session":3,"flows":0},` +
-			`{"id":7,"state":"armed","direction":"inbound","proto":"tcp","client":"10.0.0.2:5000","external":"203.0.113.1:61000","sources":["any"],"multiple":false,"path":"kernel","rule":"ftp","session":3,"flows":0}]`,
+			`{"id":7,"state":"armed","direction":"inbound","proto":"tcp","client":"10.0.0.2:5000","external":"203.0.113.1:61000","sources":["any"],"multiple":false,"path":"user","rule":"ftp","session":3,"flows":0}]`,
 		"/sessions": `[{"id":3,"client":"10.0.0.2","user":"ann","kind":"private","since":"2023-11-14T22:13:20Z","flows":2,"permissions":1,"filters":["ftp"]}]`,
 	} {
 		resp, err := client.Get("http://gateway" + url)

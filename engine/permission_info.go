@@ -2,9 +2,11 @@ package engine
 
 import (
 	"net/netip"
+	"slices"
 	"sort"
 	"time"
 
+	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/nat"
 )
@@ -19,6 +21,10 @@ type PermissionInfo struct {
 	// State is emulated (by a filter: nothing is open), waiting (for the
 	// client's address), discarding, reserved, armed or used.
 	State string
+	// Path is kernel; asked: the first packet of each flow is shown to filters,
+	// and the kernel carries on what they do not hold; or user: user space
+	// carries the flows.
+	Path string
 	// AddressBased: every session of the owner's address may use it.
 	AddressBased bool
 	// Notify: a filter hears of each connection that stands.
@@ -53,11 +59,13 @@ func (e *Engine) Permissions() []PermissionInfo {
 
 // info describes a permission; false: it waits no more and has no flow.
 func (p *permission) info() (PermissionInfo, bool) {
+	filtered := p.filtered()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	i := PermissionInfo{
 		Permission: p.Permission, Session: p.session.id, Owner: p.session.addr, Protocol: p.standing.protocol,
 		AddressBased: p.addressBased, Notify: p.notify != nil, Expires: p.expiry, Flows: p.flows, State: "used",
+		Path: p.path(filtered),
 	}
 	if p.standing.rule != nil {
 		i.Rule = p.standing.rule.Name
@@ -78,4 +86,36 @@ func (p *permission) info() (PermissionInfo, bool) {
 		i.State = "armed"
 	}
 	return i, true
+}
+
+// path is that of PermissionInfo; filtered: data filters hold all of its flows.
+// p.mu is held.
+func (p *permission) path(filtered bool) string {
+	switch {
+	case p.emulated || p.forSocketsAlone():
+		return "user" // a socket of the gateway is the flow's one end
+	case !p.ToUser:
+		return "kernel"
+	case p.forced || p.OneWay || filtered || p.standing.rule != nil && p.standing.rule.NoKernelMode:
+		return "user"
+	}
+	return "asked"
+}
+
+// filtered says whether data filters stand ready for all flows of a permission.
+func (p *permission) filtered() bool {
+	if c := p.object; c != nil {
+		c.mu.Lock()
+		all := slices.ContainsFunc(c.links, func(l Link) bool { return !l.peer.IsValid() })
+		c.mu.Unlock()
+		if all {
+			return true
+		}
+	}
+	made := p.session.e.factories.of(p.session)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.ContainsFunc(made, func(f *factory) bool {
+		return f.wants(p) && (!p.inbound() || f.Event != filterapi.UDPDestination)
+	})
 }

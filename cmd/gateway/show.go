@@ -146,7 +146,11 @@ STATE is armed when flows may come. Before that a bind may be reserved (no
 source may use it yet), waiting (for the client's address) or discarding (until
 a filter allows it); an emulated one is open at no address, a filter plays that
 part. One that is used stays in the list until its FLOWS have ended, and opens
-nothing any more if it was for one use. NOTES: address, it
+nothing any more if it was for one use.
+
+PATH says who carries the flows: kernel; user, the gateway's process; or asked,
+where the first packet of each flow is shown to filters and the kernel carries
+what none of them holds. NOTES: address, it
 belongs to the client's address and not to the session; notify, a filter hears
 of each connection that stands; one-way, answers are dropped.`,
 		Args: noArguments,
