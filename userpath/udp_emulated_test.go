@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -316,6 +317,7 @@ func TestUDPPeersOfABind(t *testing.T) {
 					case <-time.After(udpWaitLong):
 						t.Fatalf("%s: Pump goes on after the peer was forgotten", peer)
 					}
+					l.idle() // a datagram before that comes to a socket that closes
 				}
 			}
 		}
@@ -323,6 +325,20 @@ func TestUDPPeersOfABind(t *testing.T) {
 			t.Errorf("%d questions and %d calls of Pump too many", len(asked), len(filter.came))
 		}
 	})
+}
+
+// idle waits until no flow and no socket is left.
+func (l *udpLab) idle() {
+	l.Helper()
+	for end := time.Now().Add(udpWaitLong); ; runtime.Gosched() {
+		s := l.u.Stats()
+		if s.Flows == 0 && s.Sockets == 0 {
+			return
+		}
+		if time.Now().After(end) {
+			l.Fatalf("%d flows and %d sockets are left", s.Flows, s.Sockets)
+		}
+	}
 }
 
 // A filter that returns at once, and a kill that comes at once, leave nothing

@@ -175,11 +175,7 @@ func (c *control) reply(line replyLine) error {
 	}
 	c.mu.Unlock()
 
-	var instead []byte
-	if x.neg != nil {
-		instead = c.settle(x, line)
-	}
-	c.finish(x, line, instead)
+	c.finish(x, line, c.settle(x, line))
 	return nil
 }
 

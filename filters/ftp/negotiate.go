@@ -173,7 +173,7 @@ func (c *control) settle(x *exchange, line replyLine) []byte {
 	n := x.neg
 	c.mu.Unlock()
 	if n == nil {
-		return nil // released meanwhile
+		return nil // nothing was negotiated, or it was released meanwhile
 	}
 	var text string
 	switch {
