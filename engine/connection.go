@@ -70,8 +70,30 @@ type hearer struct {
 
 // living are the flows that user space judged and that have not ended.
 type living struct {
-	mu      sync.RWMutex
-	byTuple map[flow.Tuple]*connection
+	mu       sync.RWMutex
+	byTuple  map[flow.Tuple]*connection
+	reserved map[flow.Tuple]struct{} // by those who are about to make a flow
+}
+
+// reserve keeps a tuple for one who makes a flow of it; false: one lives or is
+// being made.
+func (l *living) reserve(t flow.Tuple) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if _, out := l.reserved[t]; out || l.byTuple[t] != nil {
+		return false
+	}
+	if l.reserved == nil {
+		l.reserved = make(map[flow.Tuple]struct{})
+	}
+	l.reserved[t] = struct{}{}
+	return true
+}
+
+func (l *living) unreserve(t flow.Tuple) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.reserved, t)
 }
 
 // add takes a flow in and gives the one of the same tuple that it replaces,

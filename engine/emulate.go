@@ -113,6 +113,8 @@ func (c *connection) emulateConnection(r *registered, df filterapi.DataFilter, r
 		return nil, fmt.Errorf("emulate connection: %w", filterapi.ErrNotEmulated)
 	case ended:
 		return nil, fmt.Errorf("emulate connection: %w", filterapi.ErrTerminating)
+	case !c.bind.isGranted():
+		return nil, fmt.Errorf("emulate connection before the bind is allowed: %w", filterapi.ErrBadContext)
 	}
 	if !local.IsValid() {
 		local = c.bind.client()
@@ -123,9 +125,11 @@ func (c *connection) emulateConnection(r *registered, df filterapi.DataFilter, r
 	if c.e.user == nil {
 		return nil, fmt.Errorf("emulate connection: %w", filterapi.ErrNotSupported)
 	}
-	if c.e.flows.find(flow.Tuple{Proto: c.bind.Proto, Src: remote, Dst: c.bind.External}) != nil {
+	t := flow.Tuple{Proto: c.bind.Proto, Src: remote, Dst: c.bind.External}
+	if !c.e.flows.reserve(t) {
 		return nil, fmt.Errorf("emulate connection from %v: %w", remote, filterapi.ErrAlreadyExists)
 	}
+	defer c.e.flows.unreserve(t)
 	made, err := c.accept(r, df, remote)
 	if err != nil {
 		return nil, fmt.Errorf("emulate connection from %v: %w", remote, err)
@@ -217,6 +221,13 @@ func (p *permission) client() netip.AddrPort {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.Client
+}
+
+// isGranted says whether filters and the quota have had their say.
+func (p *permission) isGranted() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.granted
 }
 
 // IncrementBytesSent adds to what the log says was sent.

@@ -167,3 +167,64 @@ func TestABindThatNobodyMade(t *testing.T) {
 		t.Errorf("left: %d sessions, %v, %v", len(b.sessions.byID), b.Flows(), b.Permissions())
 	}
 }
+
+// slowUser is user space that dials until it is told to go on.
+type slowUser struct {
+	*fakeUser
+	dials chan struct{}
+	goOn  chan struct{}
+}
+
+func (u slowUser) Originate(ctx context.Context, t *Takeover) error {
+	u.dials <- struct{}{}
+	<-u.goOn
+	return u.fakeUser.Originate(ctx, t)
+}
+
+// TestOneConnectionFromOneRemote: of two calls for the same one, the second
+// fails while the first is still being made, and where it has begun.
+func TestOneConnectionFromOneRemote(t *testing.T) {
+	calls := make(chan error, 2)
+	var second func()
+	p := &probe{events: filterapi.Events{Types: filterapi.ConnectTCP}}
+	p.handle = func(ev filterapi.Event) error {
+		return ev.(*filterapi.ConnectEvent).Connection.AttachDataFilter(tagged{}, filterapi.PriorityNAT)
+	}
+	other := named{&probe{events: filterapi.Events{Types: filterapi.Accepted, AnyProtocol: true, Secondary: true}}, "other"}
+	other.handle = func(filterapi.Event) error {
+		second() // the first is not a living flow yet
+		return nil
+	}
+	b, user := talkBench(t, p, other)
+	slow := slowUser{user, make(chan struct{}, 2), make(chan struct{})}
+	b.Engine.user = slow
+	tk := b.decide(t)
+	bind, err := tk.flow.session.handle(b.filters[0]).EmulateClientBind(emulated)
+	if err != nil {
+		t.Fatal(err)
+	}
+	remote := netip.MustParseAddrPort("198.51.100.1:99")
+	call := func() error {
+		_, err := bind.EmulateConnection(tagged{}, remote, netip.AddrPort{})
+		return err
+	}
+	second = func() {
+		second = func() {}
+		if err := call(); !errors.Is(err, filterapi.ErrAlreadyExists) {
+			t.Errorf("while filters are asked about the first: %v", err)
+		}
+	}
+	go func() { calls <- call() }()
+	<-slow.dials
+	if err := call(); !errors.Is(err, filterapi.ErrAlreadyExists) {
+		t.Errorf("while the client is dialled: %v", err)
+	}
+	close(slow.goOn)
+	if err := <-calls; err != nil {
+		t.Fatal(err)
+	}
+	user.carried[0].Ended(flow.Counts{}, flow.Closed, "")
+	if err := call(); err != nil {
+		t.Errorf("after the first: %v", err)
+	}
+}

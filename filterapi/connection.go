@@ -86,9 +86,11 @@ type Connection interface {
 	// the client, which sees remote as its peer; the data filter gets its
 	// internal socket alone. local is the client's address and port; invalid:
 	// that of the bind. It returns when the client has accepted. ErrNotEmulated
-	// on anything but an emulated bind, ErrInvalidArgument, ErrTerminating,
-	// ErrAlreadyExists while one from remote lives, ErrPolicyDenied when another
-	// filter denies it, or the network's error, for instance ECONNREFUSED.
+	// on anything but an emulated bind, ErrBadContext in the handlers of its
+	// BindEvent, when it may still be refused, ErrInvalidArgument,
+	// ErrTerminating, ErrAlreadyExists while one from remote lives or is being
+	// made, ErrPolicyDenied when another filter denies it, or the network's
+	// error, for instance ECONNREFUSED.
 	EmulateConnection(f DataFilter, remote, local netip.AddrPort) (Connection, error)
 	// IncrementBytesSent adds to the bytes that the log says were sent on an
 	// emulated connection. ErrNotEmulated on another, ErrTerminating after its

@@ -113,6 +113,8 @@ func (c *connection) EmulateConnection(f filterapi.DataFilter, remote, local net
 		return fail(filterapi.ErrNotEmulated)
 	case p.isGone():
 		return fail(filterapi.ErrTerminating)
+	case !p.wasOpened():
+		return fail(filterapi.ErrBadContext)
 	case f == nil, !goodPeer(c.session, remote), local.IsValid() && !goodClient(c.session, local):
 		return fail(filterapi.ErrInvalidArgument)
 	}
@@ -134,6 +136,13 @@ func (c *connection) EmulateConnection(f filterapi.DataFilter, remote, local net
 	}
 	g.journal.add(Entry{Emulates, fl.tuple.String()})
 	return fl.conn, nil
+}
+
+// wasOpened says whether the filters have let the bind be.
+func (p *permission) wasOpened() bool {
+	p.gateway.mu.Lock()
+	defer p.gateway.mu.Unlock()
+	return p.opened
 }
 
 // useEmulated counts a flow of an emulated bind, which is used up with it unless

@@ -59,6 +59,11 @@ func handlerTable() (out []example) {
 	toPeer := func(c filterapi.Connection) error {
 		return c.AttachDataFilterWithDestination(waits{}, filterapi.PriorityNAT, phone)
 	}
+	tooEarly := func(c filterapi.Connection) error {
+		_ = c.EmulateForBind()
+		_, err := c.EmulateConnection(waits{}, server, netip.AddrPort{})
+		return err
+	}
 	named := func(c filterapi.Connection) error { _, err := c.ExternalName(); return err }
 	twice := func(call func(filterapi.Connection) error) func(filterapi.Connection) error {
 		return func(c filterapi.Connection) error { _ = call(c); return call(c) }
@@ -78,6 +83,7 @@ func handlerTable() (out []example) {
 		{"EmulateForConnect twice", twice(forConnect), emulated, emulated, bad, bad, bad},
 		{"EmulateForBind", forBind, bad, bad, nil, nil, bad},
 		{"EmulateForBind twice", twice(forBind), bad, bad, emulated, emulated, bad},
+		{"EmulateConnection before the bind is allowed", tooEarly, filterapi.ErrNotEmulated, filterapi.ErrNotEmulated, bad, bad, filterapi.ErrNotEmulated},
 		{"a destination", toPeer, filterapi.ErrInvalidArgument, nil, filterapi.ErrInvalidArgument, nil, filterapi.ErrInvalidArgument},
 		{"ExternalName", named, bad, bad, nil, nil, nil},
 		{"emulating data filter", func(c filterapi.Connection) error {
