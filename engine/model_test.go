@@ -269,7 +269,18 @@ func (w *world) touch(c *modelClient, p modelPermission, n int) {
 			if early {
 				w.established(t)
 			}
+			short := w.rand.IntN(5) == 0 // and its end is heard first
+			if short {
+				w.e.KernelEnded(flow.End{Tuple: t, Path: flow.Kernel, Result: flow.Closed})
+			}
 			w.e.KernelUsed(flow.Packet{Tuple: t})
+			if short {
+				if w.e.flows.find(t) != nil || w.e.overtaken.take(t, nil) != nil {
+					w.t.Errorf("%v is over, and lives or waits", t)
+				}
+				change.Wait()
+				return
+			}
 			w.living = append(w.living, t)
 			if !early && w.rand.IntN(4) > 0 {
 				early = true
