@@ -129,8 +129,8 @@ func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
 //	chain hide {
 //		... (permissions with a source of their own, see source)
 //		meta nfproto ipv6 goto hide6
-//		ct status dnat ... (from a hidden network to itself) snat ip to ct original ip daddr
-//		... (per network rule) snat, masquerade or accept
+//		ct status dnat ... (from a hidden network to itself) (its map, see outMaps) snat ip to ct original ip daddr
+//		... (per network rule) (the map of endpoints, see outMaps) snat, masquerade or accept
 //	}
 func (b *builder) translate() error {
 	carried := func(to string) stmt {
@@ -153,6 +153,9 @@ func (b *builder) translate() error {
 	six := b.chain(chainHide + ipv6.suffix)
 	b.source(six, ipv6)
 	six.add(accept())
+	if err := b.outMaps(); err != nil {
+		return err
+	}
 	for _, r := range b.in.NetworkRules {
 		if r.Relation == policy.NAT && r.From != policy.Any {
 			b.hairpin(s, r)
@@ -170,6 +173,7 @@ func (b *builder) translate() error {
 				s.add(append(back, accept())...)
 			}
 		case policy.NAT:
+			s.add(append(slices.Clone(there), hasEndpoint(), leaveMapped(mapOut(r.Name)))...)
 			b.hide(s, there, func(ports nat.Range) stmt {
 				if r.Address.IsValid() {
 					return hideBehind(r.Address, ports)
@@ -207,7 +211,9 @@ func (b *builder) source(s *chain, f family) {
 // answer would not come back this way (RFC 4787, REQ-9).
 func (b *builder) hairpin(s *chain, r policy.NetworkRule) {
 	if inside, ok := b.between(r.From, r.From); ok {
-		b.hide(s, append(rule{ctTranslated()}, inside...), hideBehindAsked)
+		match := append(rule{ctTranslated()}, inside...)
+		s.add(append(slices.Clone(match), hasEndpoint(), leaveMapped(mapOut(r.Name)))...)
+		b.hide(s, match, hideBehindAsked)
 	}
 }
 

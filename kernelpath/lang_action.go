@@ -161,6 +161,14 @@ func leaveFrom(f family, name string) stmt {
 	return stmt{text, func(c *code) { c.translate(expr.NATTypeSourceNAT, f, name, f.request()) }}
 }
 
+// leaveMapped gives a flow the source that a map has for who sent its first
+// packet, an inside endpoint. The rule must have matched IPv4 and TCP, UDP or
+// ICMP.
+func leaveMapped(name string) stmt {
+	text := fmt.Sprintf("snat ip to %s map @%s", fieldText(insideEndpoint()), name)
+	return stmt{text, func(c *code) { c.translate(expr.NATTypeSourceNAT, ipv4, name, insideEndpoint()) }}
+}
+
 // translate writes an address and a port of a map.
 func (c *code) translate(typ expr.NATType, f family, name string, key []field) {
 	c.load(key)

@@ -80,6 +80,8 @@ var (
 	fieldAskedSaddr6 = ctField("ct original ip6 saddr", nftables.TypeIP6Addr, unix.NFT_CT_SRC_IP6)
 	fieldAskedDaddr6 = ctField("ct original ip6 daddr", nftables.TypeIP6Addr, unix.NFT_CT_DST_IP6)
 	fieldAskedDport  = ctField("ct original proto-dst", nftables.TypeInetService, expr.CtKeyPROTODST)
+	// For ICMP it is the identifier of a query (nf_conntrack_tuple.h).
+	fieldAskedSport = ctField("ct original proto-src", nftables.TypeInetService, expr.CtKeyPROTOSRC)
 )
 
 // family holds what differs between IPv4 and IPv6.

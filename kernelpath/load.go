@@ -72,10 +72,11 @@ func (t *Table) load(s *socket, r Ruleset) error {
 		old = newExisting()
 	}
 	tx.replace(old, r)
-	restored := t.restore(tx, old)
+	restored := t.restore(tx, old, r)
 	if err := s.commit(tx); err != nil {
 		return err
 	}
+	t.holders.loaded(r.outMapNames())
 	// A table that is all new holds nothing but what was restored.
 	t.holders.known = t.holders.known || len(old.sets) == 0
 	if restored > 0 {

@@ -29,6 +29,7 @@ import (
 //	with a source address of its own           key: what the client asks for
 //	  with a port                              source4 : goto source_port4, and source_port4 : address . port
 //	  without                                  source4 : goto source_addr4, and source_addr4 : address
+//	what the client sends leaves from there    out4_... of the network rule: the client's address . protocol . port : address . port
 //
 // and the same for IPv6 with the suffix 6. The destination is where the first
 // packet goes: the target of an outbound permission, or the address of the
@@ -97,10 +98,16 @@ func slotsOf(p nat.Permission) ([]slot, error) {
 	case p.OneWay:
 		s.use, s.listed = chainUseOneWay, chainListedOneWay
 	}
-	if err := s.openings(); err != nil {
-		return nil, err
+	if p.Proto.HasPorts() {
+		if err := s.openings(); err != nil {
+			return nil, err
+		}
+		s.translations(to)
 	}
-	s.translations(to)
+	if p.Leaves != "" {
+		s.value(mapOut(p.Leaves), socketExtents(p.Proto, p.Client), fmt.Sprintf("%s . %d", to.Addr(), to.Port()),
+			pack(to.Addr().AsSlice(), portValue(to.Port()).raw))
+	}
 	return s.all, nil
 }
 
@@ -266,8 +273,11 @@ func destinationOf(p nat.Permission) (netip.AddrPort, error) {
 	if p.ID == 0 {
 		return bad("it has no ID")
 	}
-	if !p.Proto.HasPorts() {
+	if !p.Proto.HasPorts() && (p.Proto != flow.ICMP || p.Leaves == "" || p.AnySource || len(p.Sources) > 0) {
 		return bad("protocol %s has no ports", p.Proto)
+	}
+	if p.Leaves != "" && (p.Direction != nat.Inbound || p.External == p.Client || !p.External.Addr().Is4()) {
+		return bad("what %s sends cannot leave from %s", p.Client, p.External)
 	}
 	if p.Timeout < 0 {
 		return bad("timeout %s", p.Timeout)

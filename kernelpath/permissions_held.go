@@ -23,6 +23,9 @@ type holders struct {
 	touchedIDs map[uint64][]slotKey
 	// known says that the kernel holds nothing else.
 	known bool
+	// outMaps are the maps of network rules that the table has; nil: no table
+	// has been loaded.
+	outMaps map[string]bool
 	// newest is the version of a touched slot that nobody holds any more.
 	newest map[slotKey]slot
 	// lingering are the slots that stay for a while after their permission, in
@@ -124,6 +127,9 @@ func (h *holders) touch(k slotKey) {
 func (h *holders) take(c *change, now time.Time) {
 	id := c.permission.ID
 	slots, err := slotsOf(c.permission)
+	if have := h.withMaps(slots); len(have) < len(slots) {
+		slots, err = have, nat.ErrNoRule
+	}
 	remove := c.remove || err != nil
 	gate := h.gate(slots)
 	for _, s := range slots {
@@ -181,6 +187,33 @@ func (h *holders) release(id uint64, k slotKey, now time.Time) {
 	}
 	if len(h.slots[k].by) == 0 {
 		delete(h.slots, k)
+	}
+}
+
+// withMaps leaves out what would be in the map of a network rule that is not
+// there.
+func (h *holders) withMaps(slots []slot) []slot {
+	return slices.DeleteFunc(slices.Clone(slots), func(s slot) bool { return strings.HasPrefix(s.set, outPrefix) && !h.outMaps[s.set] })
+}
+
+// loaded is told of the table's maps of network rules. What was in one that has
+// gone went with it.
+func (h *holders) loaded(outMaps map[string]bool) {
+	gone := false
+	for name := range h.outMaps {
+		gone = gone || !outMaps[name]
+	}
+	h.outMaps = outMaps
+	if !gone {
+		return
+	}
+	for id, keys := range h.byID {
+		h.byID[id] = slices.DeleteFunc(keys, func(k slotKey) bool { return strings.HasPrefix(k.set, outPrefix) && !outMaps[k.set] })
+	}
+	for k := range h.slots {
+		if strings.HasPrefix(k.set, outPrefix) && !outMaps[k.set] {
+			delete(h.slots, k)
+		}
 	}
 }
 
@@ -303,11 +336,11 @@ func (h *holders) transaction(now time.Time) *transaction {
 
 // restore adds what is held to the sets that the table did not have, and says
 // how many elements that are.
-func (t *Table) restore(tx *transaction, old *existing) int {
+func (t *Table) restore(tx *transaction, old *existing, r Ruleset) int {
 	now, n := time.Now(), 0
-	fresh := map[string][]element{}
+	fresh, outMaps := map[string][]element{}, r.outMapNames()
 	for k, h := range t.holders.slots {
-		if _, there := old.sets[k.set]; there {
+		if _, there := old.sets[k.set]; there || strings.HasPrefix(k.set, outPrefix) && !outMaps[k.set] {
 			continue
 		}
 		if e, ok := h.element(now); ok {
@@ -323,8 +356,9 @@ func (t *Table) restore(tx *transaction, old *existing) int {
 
 // forget is for a table that is empty or gone: nothing is held.
 func (t *Table) forget() {
+	outMaps := t.holders.outMaps
 	t.holders = newHolders()
-	t.holders.known = true
+	t.holders.known, t.holders.outMaps = true, outMaps
 }
 
 func sortedSlots(m map[slotKey]*held) []slotKey {

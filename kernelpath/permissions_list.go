@@ -21,14 +21,16 @@ type Permitted struct {
 	// Use is "once", "many", "ask" (to user space), "listed" (one source of a
 	// single-use permission), "token" (the one use of such a permission),
 	// "ranges" (some sources are ranges), "bind" (a translation, which lets
-	// nobody in by itself), "refuse" (who else goes there is told no) or
-	// "source" (where a flow leaves from). "one way" or "local" follows where
-	// the flow may do no more than that.
+	// nobody in by itself), "refuse" (who else goes there is told no),
+	// "source" (where a flow leaves from) or "leaves" (where the flows of an
+	// inside endpoint leave from). "one way" or "local" follows where the flow
+	// may do no more than that.
 	Use   string
 	Proto flow.Proto
 	// Source is invalid: any source.
 	Source netip.Prefix
-	To     netip.AddrPort
+	// To is the inside endpoint for "leaves".
+	To netip.AddrPort
 	// Becomes is where a bind sends its flows, and what the source of a flow
 	// becomes.
 	Becomes netip.AddrPort
@@ -56,10 +58,8 @@ func (t *Table) FlushPermissions() error {
 			return fmt.Errorf("flush permissions: list the table: %w", err)
 		}
 		tx := &transaction{}
-		for _, name := range permissionSetNames() {
-			if _, there := old.sets[name]; there {
-				tx.flushSet(name)
-			}
+		for _, name := range old.lastingNames() {
+			tx.flushSet(name)
 		}
 		if err := t.commit(tx); err != nil {
 			return fmt.Errorf("flush permissions: %w", err)
@@ -77,8 +77,12 @@ func (t *Table) Permissions() ([]Permitted, error) {
 		return nil, err
 	}
 	defer func() { _ = s.close() }()
+	old, err := s.existing()
+	if err != nil {
+		return nil, fmt.Errorf("list the table: %w", err)
+	}
 	var all []Permitted
-	for _, name := range permissionSetNames() {
+	for _, name := range old.lastingNames() {
 		msgs, err := s.list(unix.NFT_MSG_GETSETELEM,
 			attr(unix.NFTA_SET_ELEM_LIST_TABLE, text(tableName)), attr(unix.NFTA_SET_ELEM_LIST_SET, text(name)))
 		if errors.Is(err, unix.ENOENT) {
@@ -109,7 +113,7 @@ func (t *Table) Permissions() ([]Permitted, error) {
 // another one does not.
 func permitted(name string, a map[uint16][]byte) (Permitted, bool) {
 	key := attributes(a[unix.NFTA_SET_ELEM_KEY])[unix.NFTA_DATA_VALUE]
-	f := familyOf(strings.HasSuffix(name, ipv6.suffix))
+	f := familyOf(strings.HasSuffix(name, ipv6.suffix) && !strings.HasPrefix(name, outPrefix))
 	p := Permitted{Use: "once"}
 	size := len(f.unspecified.raw)
 	switch name {
@@ -147,6 +151,10 @@ var verdictUses = map[string]string{
 
 // meaning fills in what the set and its value say.
 func (p *Permitted) meaning(name string, f family, data map[uint16][]byte) bool {
+	if strings.HasPrefix(name, outPrefix) {
+		p.Use, p.Becomes = "leaves", addrPortOf(data[unix.NFTA_DATA_VALUE])
+		return p.Becomes.IsValid()
+	}
 	switch name {
 	case setToken(f):
 		p.Use = "token"

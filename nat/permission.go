@@ -55,6 +55,11 @@ type Permission struct {
 	AnySource bool
 	// OneWay, for Inbound and UDP: what the client answers is dropped.
 	OneWay bool
+	// Leaves, for Inbound and IPv4, is the name of the NAT network rule under
+	// which what Client itself sends leaves from External; empty: none. ICMP
+	// may have that, and nothing else: the ports of Client and External are
+	// then identifiers of queries.
+	Leaves string
 
 	// Multiple permissions are not used up by their first flow.
 	Multiple bool
@@ -68,3 +73,6 @@ type Permission struct {
 // which sends its flows elsewhere; or one from a range of sources that overlaps
 // and is not the same.
 var ErrConflict = errors.New("another permission has the same address and port and another destination")
+
+// ErrNoRule: there is no NAT network rule of the name in Leaves.
+var ErrNoRule = errors.New("no such network rule hides addresses")
