@@ -13,7 +13,7 @@ import (
 )
 
 const bindFlags = commonFlags | widerFlags | filterapi.Bidirectional | filterapi.IncreaseReceiveBuffer |
-	filterapi.EvenPort | filterapi.Discarding
+	filterapi.EvenPort | filterapi.Discarding | filterapi.Preferred | filterapi.SameSource
 
 // place is where the binds of one call are opened.
 type place struct {
@@ -30,8 +30,8 @@ func (x place) at(i int, client netip.AddrPort) netip.AddrPort {
 	return netip.AddrPortFrom(x.first.Addr(), x.first.Port()+uint16(i))
 }
 
-// BindForClient implements filterapi.Session.
-func (s *session) BindForClient(b filterapi.Bind) ([]*connection, error) {
+// bindForClient is BindForClient, called by the filter of a name.
+func (s *session) bindForClient(by string, b filterapi.Bind) ([]*connection, error) {
 	fail := func(err error) ([]*connection, error) {
 		return nil, fmt.Errorf("bind for client %v: %w", b.Clients, err)
 	}
@@ -60,6 +60,7 @@ func (s *session) BindForClient(b filterapi.Bind) ([]*connection, error) {
 	out := make([]*connection, len(b.Clients))
 	for i, client := range b.Clients {
 		perms[i] = s.newBind(b, t, x, i, client)
+		perms[i].by = by
 		out[i] = perms[i].object
 	}
 	if err := s.e.openBinds(perms); err != nil {
@@ -104,12 +105,21 @@ func (s *session) checkClient(c netip.AddrPort, flags filterapi.Flags) error {
 // findPlace leases external ports where some are needed.
 func (s *session) findPlace(b filterapi.Bind, t terms) (place, error) {
 	n, even := len(b.Clients), b.Flags&filterapi.EvenPort != 0
-	addr, port := b.External.Addr(), b.External.Port()
-	if b.External == (netip.AddrPort{}) {
+	addr, port, wish := b.External.Addr(), b.External.Port(), b.Flags&filterapi.Preferred != 0
+	if b.External == (netip.AddrPort{}) || addr.IsUnspecified() && addr.Is4() == s.addr.Is4() {
 		var hidden bool
 		var err error
-		if addr, hidden, err = s.behind(b, t); err != nil || !hidden {
+		if addr, hidden, err = s.behind(b, t); err != nil {
 			return place{}, err
+		}
+		if !hidden {
+			return ownPlace(b)
+		}
+		if s.e.kernelPorts.meets(port, n) {
+			if !wish {
+				return place{}, fmt.Errorf("port %d is the kernel's: %w", port, filterapi.ErrNoPorts)
+			}
+			port = 0
 		}
 	} else {
 		if port != 0 && t.primary != nil && t.primary.translated(b.Proto, b.External) {
@@ -119,23 +129,41 @@ func (s *session) findPlace(b filterapi.Bind, t terms) (place, error) {
 			return place{}, fmt.Errorf("external address %v is not the gateway's: %w", b.External, filterapi.ErrInvalidArgument)
 		}
 	}
-	if port == 0 {
-		first, ok := s.e.ports.LeaseFor(s.addr, b.Proto, addr, n, even)
-		if !ok {
-			return place{}, filterapi.ErrNoPorts
+	if port != 0 && !(wish && even && port%2 != 0) {
+		x, err := s.leaseExact(b.Proto, netip.AddrPortFrom(addr, port), n, even)
+		if err == nil || !wish {
+			return x, err
 		}
-		return place{first: first, leased: true}, nil
 	}
-	if even && port%2 != 0 {
-		return place{}, fmt.Errorf("external port %d is not even: %w", port, filterapi.ErrInvalidArgument)
+	first, ok := s.e.ports.LeaseFor(s.addr, b.Proto, addr, n, even)
+	if !ok {
+		return place{}, filterapi.ErrNoPorts
 	}
-	switch err := s.e.ports.LeaseExact(b.Proto, b.External, n); {
+	return place{first: first, leased: true}, nil
+}
+
+// leaseExact leases ports from a certain one on.
+func (s *session) leaseExact(proto flow.Proto, at netip.AddrPort, n int, even bool) (place, error) {
+	if even && at.Port()%2 != 0 {
+		return place{}, fmt.Errorf("external port %d is not even: %w", at.Port(), filterapi.ErrInvalidArgument)
+	}
+	switch err := s.e.ports.LeaseExact(proto, at, n); {
 	case errors.Is(err, nat.ErrLeased):
 		return place{}, fmt.Errorf("%w: %w", filterapi.ErrAlreadyExists, err)
 	case err != nil:
 		return place{}, fmt.Errorf("%w: %w", filterapi.ErrNoPorts, err)
 	}
-	return place{first: b.External, leased: true}, nil
+	return place{first: at, leased: true}, nil
+}
+
+// ownPlace is that of binds whose clients nothing translates: each at its own
+// address and port.
+func ownPlace(b filterapi.Bind) (place, error) {
+	port := b.External.Port()
+	if port != 0 && b.Flags&filterapi.Preferred == 0 && port != b.Clients[0].Port() {
+		return place{}, fmt.Errorf("port %d of an address that is not translated: %w", port, filterapi.ErrNoPorts)
+	}
+	return place{}, nil
 }
 
 // translated says whether an address is what a flow is translated to.
@@ -179,6 +207,9 @@ func (s *session) behind(b filterapi.Bind, t terms) (netip.Addr, bool, error) {
 		if _, source, _, err := s.e.routes.Lookup(list[0].Addr()); err == nil && source.IsValid() {
 			return source, true, nil
 		}
+	}
+	if source, ok := s.e.facing(v.NetworkRule.To); ok {
+		return source, true, nil
 	}
 	return netip.Addr{}, false, fmt.Errorf("nothing tells the external address: %w", filterapi.ErrInvalidArgument)
 }

@@ -77,6 +77,13 @@ func (s *callerSession) Detach() {}
 // routed network, the rest is outside, where the gateway has two addresses.
 type officeRoutes struct{}
 
+func (officeRoutes) AddressOf(iface string) (netip.Addr, error) {
+	if iface == "wan0" {
+		return netip.MustParseAddr("203.0.113.1"), nil
+	}
+	return netip.Addr{}, errors.New("no address")
+}
+
 func (officeRoutes) Lookup(dst netip.Addr) (string, netip.Addr, bool, error) {
 	for _, own := range []string{"10.0.0.1", "192.168.1.1", "203.0.113.1", "203.0.113.2", "fd00:a::1", "2001:db8:b::1"} {
 		if dst == netip.MustParseAddr(own) {
@@ -126,7 +133,8 @@ func officeBench(t *testing.T) (*bench, *caller) {
 	core, logs := observer.New(zap.DebugLevel)
 	k := &fakeKernel{held: map[uint64]nat.Permission{}}
 	ports := nat.NewAllocator(nat.Range{Lo: 61000, Hi: 61007}, func(e nat.Endpoint) bool { return e.Addr.Port() == 22 }, time.Now)
-	e, err := New(Config{Policy: officePolicy(t), Filters: []filterapi.Filter{f}, Kernel: k, Routes: officeRoutes{}, Ports: ports, Quota: 12, Log: zap.New(core)})
+	e, err := New(Config{Policy: officePolicy(t), Filters: []filterapi.Filter{f}, Kernel: k, Routes: officeRoutes{}, Ports: ports,
+		KernelPorts: nat.Range{Lo: 10000, Hi: 32767}, Quota: 12, Log: zap.New(core)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -223,13 +231,14 @@ func TestMisuseOfPermissionCalls(t *testing.T) {
 		"a bind for another client":     {bind, func(a *ask) { a.at = "10.0.0.3:2000" }, denied},
 		"one of two for another":        {bind, func(a *ask) { a.more = []string{"10.0.0.3:2000"} }, denied},
 		"external, not the gateway's":   {all, func(a *ask) { a.external = "203.0.113.77:0" }, invalid},
-		"external, not an address":      {all, func(a *ask) { a.external = "0.0.0.0:7100" }, invalid},
+		"external, not an address":      {outbound, func(a *ask) { a.external = "0.0.0.0:7100" }, invalid},
 		"external of the other family":  {all, func(a *ask) { a.external = "[2001:db8:b::1]:0" }, invalid},
 		"many from one port":            {outbound, func(a *ask) { a.external, a.Flags = "203.0.113.1:7100", filterapi.AllowMultiple }, invalid},
 		"odd, but even is asked for":    {bind, func(a *ask) { a.external, a.Flags = "203.0.113.1:7101", filterapi.EvenPort }, invalid},
 		"a port that a bind has":        {bind, func(a *ask) { a.external = "203.0.113.1:7000" }, filterapi.ErrAlreadyExists},
 		"a run that a bind cuts":        {bind, func(a *ask) { a.external, a.more = "203.0.113.1:6999", []string{"10.0.0.2:5001"} }, filterapi.ErrAlreadyExists},
 		"a port of the gateway's own":   {bind, func(a *ask) { a.external = "203.0.113.1:22" }, filterapi.ErrNoPorts},
+		"the kernel's, by its number":   {bind, func(a *ask) { a.external = "0.0.0.0:20000" }, filterapi.ErrNoPorts},
 		"two at one flow's end":         {bind, func(a *ask) { a.external, a.more = outer, []string{"10.0.0.2:5001"} }, invalid},
 		"more than all ports": {bind, func(a *ask) {
 			a.more = []string{"10.0.0.2:1", "10.0.0.2:2", "10.0.0.2:3", "10.0.0.2:4", "10.0.0.2:5", "10.0.0.2:6", "10.0.0.2:7", "10.0.0.2:8"}
@@ -242,7 +251,6 @@ func TestMisuseOfPermissionCalls(t *testing.T) {
 			a.more = []string{"10.0.0.2:11", "10.0.0.2:12", "10.0.0.2:13", "10.0.0.2:14", "10.0.0.2:1", "10.0.0.2:2", "10.0.0.2:3", "10.0.0.2:4", "10.0.0.2:5", "10.0.0.2:6", "10.0.0.2:7"}
 		}, filterapi.ErrQuota},
 		"sources of the other family":       {bind, func(a *ask) { a.filter = filterapi.OnlyFrom(netip.MustParseAddr("2001:db8:b::10")) }, invalid},
-		"nothing tells the address":         {bind, func(a *ask) { a.Primary, a.Protocol = nil, "talk" }, invalid},
 		"another session's filter":          {all, func(a *ask) { a.Notify = other }, invalid},
 		"a filter of nobody":                {all, func(a *ask) { a.Notify = uncomparable{f: func() {}} }, invalid},
 		"two targets, the second at port 0": {redirect, func(a *ask) { a.more = []string{"203.0.113.10:0"} }, invalid},

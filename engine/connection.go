@@ -235,6 +235,37 @@ func (c *connection) IPFilter() *filterapi.IPFilter {
 	return c.bind.ipFilter()
 }
 
+// SetExpiry implements filterapi.Connection.
+func (c *connection) SetExpiry(d time.Duration) error {
+	fail := func(err error) error { return fmt.Errorf("set expiry %v: %w", d, err) }
+	switch {
+	case c.bind == nil:
+		return fail(filterapi.ErrNotSupported)
+	case d < 0:
+		return fail(filterapi.ErrInvalidArgument)
+	case !c.e.expireAt(c.bind, d):
+		return fail(filterapi.ErrTerminating)
+	}
+	if err := c.e.enforce(c.bind); err != nil {
+		_ = c.e.void(c.bind) // it logs
+		return fail(err)
+	}
+	if !c.bind.waits() {
+		return fail(filterapi.ErrTerminating)
+	}
+	return nil
+}
+
+// Expiry implements filterapi.Connection.
+func (c *connection) Expiry() (time.Time, bool) {
+	if c.bind == nil {
+		return time.Time{}, false
+	}
+	c.bind.mu.Lock()
+	defer c.bind.mu.Unlock()
+	return c.bind.expiry, !c.bind.expiry.IsZero()
+}
+
 // Kill implements filterapi.Connection.
 func (c *connection) Kill() {
 	if c.bind != nil {

@@ -81,6 +81,7 @@ func (s *session) emulateClientBind(r *registered, b filterapi.EmulatedBind) (*c
 	defer s.e.release(s)
 	p := s.newPermission(t, n)
 	p.Direction, p.Client, p.External, p.emulated = nat.Inbound, b.Client, b.External, true
+	p.by = r.name()
 	p.object = &connection{
 		e: s.e, session: s, tuple: flow.Tuple{Proto: b.Proto, Dst: b.External}, start: s.e.now(), bind: p, name: b.External,
 		emulated: true, emulator: r, internalTranslation: b.InternalAddressTranslation,

@@ -31,6 +31,9 @@ type Config struct {
 	Routes  Routes
 	// Ports leases the external ports of binds.
 	Ports *nat.Allocator
+	// KernelPorts are those that the kernel's own translation chooses from: a
+	// bind that asks for one of them by its number alone gets it not.
+	KernelPorts nat.Range
 	// Quota of pending permissions per client; 0: DefaultQuota.
 	Quota int
 	// Answer bounds the handlers of an event that a call raises; 0:
@@ -47,15 +50,16 @@ type Config struct {
 // Engine judges flows and keeps what is known of the living ones. Safe for
 // concurrent use.
 type Engine struct {
-	kernel  Kernel
-	user    User
-	routes  Routes
-	ports   *nat.Allocator
-	quota   int
-	answer  time.Duration
-	log     *zap.Logger
-	now     func() time.Time
-	filters []*registered
+	kernel      Kernel
+	user        User
+	routes      Routes
+	ports       *nat.Allocator
+	kernelPorts portRange
+	quota       int
+	answer      time.Duration
+	log         *zap.Logger
+	now         func() time.Time
+	filters     []*registered
 
 	policies  policies
 	sessions  sessions
@@ -96,7 +100,7 @@ func New(c Config) (*Engine, error) {
 		return nil, fmt.Errorf("make engine: incomplete configuration: %w", filterapi.ErrInvalidArgument)
 	}
 	e := &Engine{
-		kernel: c.Kernel, user: c.User, routes: c.Routes, ports: c.Ports,
+		kernel: c.Kernel, user: c.User, routes: c.Routes, ports: c.Ports, kernelPorts: portRange(c.KernelPorts),
 		quota: c.Quota, answer: c.Answer, log: c.Log, now: c.Now,
 	}
 	if e.quota == 0 {

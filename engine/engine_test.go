@@ -76,6 +76,10 @@ func (k *fakeKernel) empty() bool {
 // 203.0.113.1 on wan0, behind which the rest is.
 type fakeRoutes struct{}
 
+func (fakeRoutes) AddressOf(string) (netip.Addr, error) {
+	return netip.MustParseAddr("203.0.113.1"), nil
+}
+
 func (fakeRoutes) Lookup(dst netip.Addr) (string, netip.Addr, bool, error) {
 	if dst == netip.MustParseAddr("10.0.0.1") || dst == netip.MustParseAddr("203.0.113.1") {
 		return "lo", dst, true, nil

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync/atomic"
+	"time"
 	"weak"
 
 	"github.com/sluicegw/sluice/filterapi"
@@ -117,6 +118,15 @@ func (h *connHandle) SetClientAddress(a netip.AddrPort) error {
 	h.used("SetClientAddress")
 	return h.c.SetClientAddress(a)
 }
+
+// SetExpiry implements filterapi.Connection.
+func (h *connHandle) SetExpiry(d time.Duration) error {
+	h.used("SetExpiry")
+	return h.c.SetExpiry(d)
+}
+
+// Expiry implements filterapi.Connection.
+func (h *connHandle) Expiry() (time.Time, bool) { return h.c.Expiry() }
 
 // EmulateForConnect implements filterapi.Connection.
 func (h *connHandle) EmulateForConnect(df filterapi.DataFilter) error {

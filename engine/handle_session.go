@@ -99,7 +99,7 @@ func (h *sessionHandle) BindForClient(b filterapi.Bind) ([]filterapi.Connection,
 	if err := h.checkObjects(b.Negotiated); err != nil {
 		return nil, fmt.Errorf("bind for client: %w", err)
 	}
-	binds, err := h.s.BindForClient(b)
+	binds, err := h.s.bindForClient(h.r.name(), b)
 	if err != nil {
 		return nil, err
 	}

@@ -38,6 +38,8 @@ type permission struct {
 
 	addressBased bool // it belongs to the client's address, not to the session
 
+	by string // the filter that asked for it; else what of the configuration
+
 	change   sync.Mutex // held across kernel changes of this permission
 	inKernel inKernel   // under change
 	freed    bool       // the leased port was returned; under change
@@ -65,6 +67,7 @@ type permission struct {
 	openUntil  time.Time // and when no more; zero: it does
 	timer      *time.Timer
 	expiry     time.Time // zero: none
+	fixed      bool      // it stays, whatever is set later
 
 	counted bool // against the client's quota; under permissions.mu
 }
@@ -142,6 +145,9 @@ func (p *permission) admits(src netip.Addr, late bool) bool {
 // is held.
 func (p *permission) wanted() (inKernel, nat.Permission) {
 	out := p.Permission
+	if p.fixed {
+		out.Timeout = p.left()
+	}
 	out.OneWay = p.OneWay && !p.ToUser // else user space sees to it
 	if !p.granted || p.emulated || p.forSocketsAlone() {
 		return holdsNothing, out
@@ -192,6 +198,14 @@ func (p *permission) endLocked(to permState) bool {
 		p.timer.Stop()
 	}
 	return true
+}
+
+// left is the time until a fixed expiry; 0: it has none. p.mu is held.
+func (p *permission) left() time.Duration {
+	if p.expiry.IsZero() {
+		return 0
+	}
+	return max(p.expiry.Sub(p.session.e.now()), time.Millisecond) // then its timer fires at once
 }
 
 func (p *permission) setSources(f *filterapi.IPFilter) {

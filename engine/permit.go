@@ -382,15 +382,38 @@ func (e *Engine) farewell(c *connection) {
 	})
 }
 
-// expireAfter starts or restarts the clock of a permission.
+// expireAfter starts or restarts the clock of a permission, unless its end was
+// fixed.
 func (e *Engine) expireAfter(p *permission, d time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if d == 0 || p.state != permWaiting {
+	if d == 0 || p.state != permWaiting || p.fixed {
 		return
 	}
+	e.expireLocked(p, d)
+}
+
+// expireAt fixes the end of a permission that waits; 0: it has none. false: it
+// waits no more.
+func (e *Engine) expireAt(p *permission, d time.Duration) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.state != permWaiting {
+		return false
+	}
+	p.fixed = true
+	e.expireLocked(p, d)
+	return true
+}
+
+// expireLocked sets the clock; 0 stops it. p.mu is held.
+func (e *Engine) expireLocked(p *permission, d time.Duration) {
 	if p.timer != nil {
 		p.timer.Stop()
+		p.timer, p.expiry = nil, time.Time{}
+	}
+	if d == 0 {
+		return
 	}
 	p.expiry = e.now().Add(d)
 	var mine *time.Timer

@@ -38,6 +38,13 @@ func TestWhereBindsOpen(t *testing.T) {
 		"IPv6":                          {from: inner6, to: server6, name: inner6, client: "[fd00:a::2]:5000", want: "[fd00:a::2]:5000"},
 		"IPv6, an address wanted":       {from: inner6, to: server6, name: inner6, client: "[fd00:a::2]:5000", external: "[2001:db8:b::1]:0", want: "[2001:db8:b::1]:0"},
 		"no primary":                    {from: client, to: control, name: outer, protocol: "talk", filter: peer, want: "203.0.113.1:0"},
+		"no primary, no peer":           {from: client, to: control, name: outer, protocol: "talk", want: "203.0.113.1:0"},
+		"a port by its number":          {from: client, to: control, name: outer, protocol: "talk", external: "0.0.0.0:7000", want: "203.0.113.1:7000"},
+		"a wish":                        {from: client, to: control, name: outer, external: "0.0.0.0:7000", flags: filterapi.Preferred, want: "203.0.113.1:7000"},
+		"a wish for a service's":        {from: client, to: control, name: outer, external: "0.0.0.0:22", flags: filterapi.Preferred, want: "203.0.113.1:0"},
+		"a wish for the kernel's":       {from: client, to: control, name: outer, external: "0.0.0.0:20000", flags: filterapi.Preferred, want: "203.0.113.1:0"},
+		"a wish where it is routed":     {from: inner6, to: server6, name: inner6, client: "[fd00:a::2]:5000", external: "[::]:7000", flags: filterapi.Preferred, want: "[fd00:a::2]:5000"},
+		"its own port":                  {from: inner6, to: server6, name: inner6, client: "[fd00:a::2]:5000", external: "[::]:5000", want: "[fd00:a::2]:5000"},
 		"no primary, an address wanted": {from: client, to: control, name: outer, protocol: "talk", external: "203.0.113.2:0", want: "203.0.113.2:0"},
 		"no primary, IPv6":              {from: inner6, to: server6, name: inner6, client: "[fd00:a::2]:5000", protocol: "talk", want: "[fd00:a::2]:5000"},
 		"not allowed yet":               {from: client, to: control, name: outer, protocol: "telnet", external: "203.0.113.2:0", flags: filterapi.Discarding, want: "203.0.113.2:0"},
@@ -69,7 +76,7 @@ func TestWhereBindsOpen(t *testing.T) {
 			if want := c.want; want != "" && (got.Addr() != ap(want).Addr() || got.Port() == 0 || ap(want).Port() != 0 && got.Port() != ap(want).Port()) {
 				t.Errorf("at %v, want %s", got, want)
 			}
-			if waiting := ask.Clients[0].Addr().IsUnspecified(); waiting || c.flags != 0 {
+			if waiting := ask.Clients[0].Addr().IsUnspecified(); waiting || c.flags == filterapi.Discarding {
 				if !b.kernel.empty() {
 					t.Errorf("kernel holds %v", b.kernel.held)
 				}

@@ -104,7 +104,7 @@ func TestAReloadVoidsTogether(t *testing.T) {
 	k := &gatheringKernel{fakeKernel: b.kernel, want: 5, together: make(chan struct{})}
 	b.Engine.kernel = k
 	for range k.want {
-		if _, err := tk.flow.session.BindForClient(filterapi.Bind{
+		if _, err := tk.flow.session.bindForClient("", filterapi.Bind{
 			Negotiated: filterapi.Negotiated{Primary: tk.flow.handle(b.filters[0]), Proto: flow.TCP},
 			Clients:    []netip.AddrPort{netip.MustParseAddrPort("10.0.0.2:5000")},
 		}); err != nil {

@@ -116,6 +116,12 @@ func (s *session) HostAccessCheck(a filterapi.HostAccess) error {
 	if a.Protocol == "" && (!t.Proto.HasPorts() || t.Dst.Port() == 0) {
 		return fmt.Errorf("host access check of %v %v: %w", a.Proto, a.Target, filterapi.ErrInvalidArgument)
 	}
+	if t.Dst.Addr().IsUnspecified() {
+		if a.Protocol == "" {
+			return fmt.Errorf("host access check of %v: %w", a.Target, filterapi.ErrInvalidArgument)
+		}
+		t.Dst = netip.AddrPort{} // anybody
+	}
 	if err := s.e.ruling(t, a.Protocol); err != nil {
 		return fmt.Errorf("host access check of %v: %w", a.Target, err)
 	}

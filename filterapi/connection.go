@@ -70,6 +70,16 @@ type Connection interface {
 	// ErrTerminating when the bind is over.
 	SetClientAddress(netip.AddrPort) error
 
+	// SetExpiry ends a bind after d from now on, whatever its Timeout says and
+	// whatever is set later; 0: never. Connections that it let in go on. It
+	// returns when the kernel has acknowledged. ErrNotSupported on a flow,
+	// ErrInvalidArgument for less than 0, ErrTerminating when the bind is over.
+	// After the kernel's error the bind is closed.
+	SetExpiry(d time.Duration) error
+	// Expiry is when a bind will end by itself; false: it does not, is over
+	// already, or is a flow.
+	Expiry() (time.Time, bool)
+
 	// EmulateForConnect lets a data filter play the server of an outbound
 	// connection, or the peer of a UDP destination: nobody is dialled, and the
 	// last socket of the chain, external, is nil in the filter's Pump. It

@@ -120,7 +120,7 @@
 //	FWX_FLAG_ALLOW_ADDRESSES_ALL          ToAll
 //	DefaultAllowedAddressesIn...          none: without a flag, that very host
 //	FWX_FLAG_PROXY_MODE                   absent (7)
-//	none                                  EvenPort, Discarding
+//	none                                  EvenPort, Discarding, Preferred, SameSource
 //	IFWXSessionFilter                     SessionFilter
 //	  FirewallEventHandler                SessionFilter.HandleEvent
 //	  Detach                              SessionFilter.Detach
@@ -161,6 +161,7 @@
 //	  SetIpFilter, GetIpFilter            Connection.SetIPFilter, Connection.IPFilter
 //	  SetClientAddress                    Connection.SetClientAddress
 //	  SetBufferSize                       Connection.SetBufferSize (10)
+//	  none                                Connection.SetExpiry, Connection.Expiry
 //	  Kill                                Connection.Kill
 //	  SetProtocol                         absent (11)
 //	FwxDataFilterPriorityClass            Priority

@@ -38,6 +38,13 @@ const (
 	// RetroactiveAllowBind allows it. This is what a bind is that a client
 	// makes without anybody having approved of it.
 	Discarding
+	// Preferred: the port of Bind.External is a wish. Another one is given
+	// where it cannot be had.
+	Preferred
+	// SameSource: what a client's address of a bind sends by itself leaves from
+	// the external address, while the bind is allowed, so that all its peers
+	// see one and the same. Where nothing is translated it has no effect.
+	SameSource
 	// ToSameNet widens the allowed targets (or, for BindForClient, the client
 	// addresses) to the /24 (IPv4) or /64 (IPv6) of the primary connection's
 	// peer (or of the client). By default only that very host is allowed.
@@ -133,8 +140,8 @@ type Session interface {
 	// used up, expires, is closed, or the session ends. With an empty IPFilter
 	// it is only reserved; SetIPFilter arms it.
 	// Flags: AllowMultiple, Timeout, NoKernelMode, Bidirectional,
-	// IncreaseReceiveBuffer, EvenPort, Discarding, ToSameNet, ToSameNetwork,
-	// ToAll.
+	// IncreaseReceiveBuffer, EvenPort, Discarding, Preferred, SameSource,
+	// ToSameNet, ToSameNetwork, ToAll.
 	// Errors: ErrInvalidArgument, ErrPolicyDenied, ErrNetworkDenied,
 	// ErrNoPorts (then nothing is open), ErrQuota, ErrTerminating,
 	// ErrAlreadyExists (an address that another bind has, or that leads
@@ -222,7 +229,11 @@ type Bind struct {
 	// External is the gateway's address to open, with the lowest port; port 0:
 	// any, the zero value: the address that Primary's client is hidden behind,
 	// or without Primary the one that the network rule names or that leads to
-	// the first source of IPFilter.
+	// the first source of IPFilter, or else to the network that the rules allow
+	// the protocol to. The unspecified address with a port is that port of the
+	// same address, or of the client's own where nothing is translated: then no
+	// other than its own can be had. The ports that the kernel's translation
+	// chooses from cannot be had in this way.
 	// The ExternalName of Primary itself may be given: what then comes to it
 	// from elsewhere, within the IPFilter, is sent to the client. Any number of
 	// binds to that client may have it.
@@ -281,7 +292,9 @@ type EmulatedBind struct {
 type HostAccess struct {
 	// Protocol is the protocol definition.
 	Protocol string
-	// Target is the server; its port decides nothing if Protocol is given.
+	// Target is the server; its port decides nothing if Protocol is given. The
+	// unspecified address asks whether the client may use Protocol at all, as
+	// the calls without a primary connection do.
 	Target netip.AddrPort
 	// Proto with Target's port stands for an empty Protocol.
 	Proto flow.Proto

@@ -166,6 +166,27 @@ func (r *Routes) Lookup(dst netip.Addr) (iface string, source netip.Addr, local 
 	return a.iface, a.source, a.local, a.err
 }
 
+// AddressOf gives the first IPv4 address of an interface that others may know.
+func (r *Routes) AddressOf(iface string) (netip.Addr, error) {
+	fail := func(err error) (netip.Addr, error) {
+		return netip.Addr{}, fmt.Errorf("look up the address of %q: %w", iface, err)
+	}
+	link, err := r.handle.LinkByName(iface)
+	if err != nil {
+		return fail(err)
+	}
+	list, err := r.handle.AddrList(link, rtnl.FAMILY_V4)
+	if err != nil {
+		return fail(err)
+	}
+	for _, a := range list {
+		if ip, ok := netip.AddrFromSlice(a.IP.To4()); ok && a.Scope == unix.RT_SCOPE_UNIVERSE {
+			return ip, nil
+		}
+	}
+	return fail(ErrNoRoute)
+}
+
 // ask asks the kernel. keep: the answer is about the route, and holds until
 // the next change.
 func (r *Routes) ask(dst netip.Addr) (a routeAnswer, keep bool) {

@@ -151,7 +151,7 @@ func (g *gateway) open(undo *ladder) (err error) {
 	g.task("cut", g.cutter.Run)
 	ports := nat.NewAllocator(g.cfg.Ports.Leases, portBusy, time.Now)
 	if g.engine, err = engine.New(engine.Config{
-		Policy: g.policy, Filters: g.filters, Kernel: g, User: user, Routes: g.routes, Ports: ports, Log: g.log,
+		Policy: g.policy, Filters: g.filters, Kernel: g, User: user, Routes: g.routes, Ports: ports, KernelPorts: g.cfg.Ports.Kernel, Log: g.log,
 		Answer: g.cfg.Queue.Answer(),
 	}); err != nil {
 		return err

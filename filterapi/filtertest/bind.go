@@ -62,8 +62,8 @@ func (g *Gateway) goodBind(s *session, a netip.AddrPort, flags filterapi.Flags) 
 	if a == (netip.AddrPort{}) {
 		return true
 	}
-	return a.Addr().Is4() == s.addr.Is4() && g.owns(a.Addr()) &&
-		(flags&filterapi.EvenPort == 0 || a.Port()%2 == 0)
+	odd := flags&filterapi.EvenPort != 0 && a.Port()%2 != 0 && flags&filterapi.Preferred == 0
+	return a.Addr().Is4() == s.addr.Is4() && (g.owns(a.Addr()) || a.Addr().IsUnspecified()) && !odd
 }
 
 // open leases the addresses of binds, asks the filter, and has them opened.
@@ -139,9 +139,13 @@ func (g *Gateway) leaseBinds(at netip.AddrPort, ps []*permission) error {
 	if err := g.admit(first.session, len(ps)); err != nil {
 		return err
 	}
-	even := first.ask.Flags&filterapi.EvenPort != 0
+	even, wish := first.ask.Flags&filterapi.EvenPort != 0, first.ask.Flags&filterapi.Preferred != 0
+	anywhere := at == (netip.AddrPort{}) || at.Addr().IsUnspecified()
 	switch {
-	case at == (netip.AddrPort{}) && !g.hidden(first.session.addr): // pinholes
+	case anywhere && !g.hidden(first.session.addr): // pinholes
+		if at.Port() != 0 && at.Port() != first.client.Port() && !wish {
+			return filterapi.ErrNoPorts
+		}
 		for _, p := range ps {
 			p.external = p.client
 			if owner := g.opened(p); owner != nil && owner.session != p.session {
@@ -162,10 +166,16 @@ func (g *Gateway) leaseBinds(at netip.AddrPort, ps []*permission) error {
 		return nil
 	}
 	addr, port := at.Addr(), at.Port()
-	if !at.IsValid() {
+	if anywhere {
 		addr = g.external(first.session.addr)
 	}
+	if wish && even && port%2 != 0 {
+		port = 0
+	}
 	low, err := g.leaseRun(ps, addr, port, even, firstPort, &g.nextPort)
+	if err != nil && wish && port != 0 {
+		low, err = g.leaseRun(ps, addr, 0, even, firstPort, &g.nextPort)
+	}
 	if err != nil {
 		return err
 	}

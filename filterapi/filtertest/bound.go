@@ -3,6 +3,7 @@ package filtertest
 import (
 	"fmt"
 	"net/netip"
+	"time"
 
 	"github.com/sluicegw/sluice/filterapi"
 )
@@ -70,4 +71,36 @@ func (c *connection) SetClientAddress(client netip.AddrPort) error {
 	p.waiting = false
 	g.journal.add(Entry{Bound, p.String()})
 	return nil
+}
+
+func (c *connection) SetExpiry(d time.Duration) error {
+	g, p := c.gateway, c.bind
+	switch {
+	case p == nil:
+		return fmt.Errorf("set expiry: %w", filterapi.ErrNotSupported)
+	case d < 0:
+		return fmt.Errorf("set expiry %v: %w", d, filterapi.ErrInvalidArgument)
+	case p.isGone():
+		return fmt.Errorf("expiry of bind %s: %w", p.external, filterapi.ErrTerminating)
+	}
+	g.journal.add(Entry{Asked, fmt.Sprintf("expiry of %s", p.external)})
+	g.acknowledge()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if p.gone {
+		return fmt.Errorf("expiry of bind %s: %w", p.external, filterapi.ErrTerminating)
+	}
+	p.fixed = true
+	p.expireAfter(d)
+	g.journal.add(Entry{Dated, fmt.Sprintf("%s for %v", p, d)})
+	return nil
+}
+
+func (c *connection) Expiry() (time.Time, bool) {
+	if c.bind == nil {
+		return time.Time{}, false
+	}
+	c.gateway.mu.Lock()
+	defer c.gateway.mu.Unlock()
+	return c.bind.expiry, !c.bind.expiry.IsZero()
 }

@@ -15,7 +15,8 @@ const (
 	connectFlags  = filterapi.AllowMultiple | filterapi.Timeout | filterapi.NoKernelMode | filterapi.AddressBased | reachFlags
 	redirectFlags = filterapi.AllowMultiple | filterapi.Timeout | filterapi.NoKernelMode | filterapi.IncreaseReceiveBuffer
 	bindFlags     = filterapi.AllowMultiple | filterapi.Timeout | filterapi.NoKernelMode | filterapi.Bidirectional |
-		filterapi.IncreaseReceiveBuffer | filterapi.EvenPort | filterapi.Discarding | reachFlags
+		filterapi.IncreaseReceiveBuffer | filterapi.EvenPort | filterapi.Discarding | filterapi.Preferred |
+		filterapi.SameSource | reachFlags
 	allowFlags = filterapi.Bidirectional | filterapi.IncreaseReceiveBuffer
 	udpFlags   = filterapi.Bidirectional // those that TCP does not take
 )

@@ -22,12 +22,13 @@ const (
 	Discards    What = "discards"    // a bind that discards what comes
 	Approved    What = "approved"    // RetroactiveAllowBind
 	Armed       What = "armed"       // SetIPFilter
+	Dated       What = "dated"       // SetExpiry
 	Factory     What = "factory"     // SetDataFilterFactory
 	Emulates    What = "emulates"    // EmulateForBind, EmulateClientBind, EmulateConnection
 	Used        What = "used"        // a single-use permission was used up
 	Cancelled   What = "cancelled"   // Action.Cancel, or the end of the session
 	Killed      What = "killed"      // Connection.Kill of a bind
-	Expired     What = "expired"     // the Timeout flag
+	Expired     What = "expired"     // the Timeout flag, or SetExpiry
 	Opened      What = "opened"      // a socket of the gateway's own
 	Shut        What = "shut"        // such a socket was closed
 	Established What = "established" // an EstablishedEvent was raised

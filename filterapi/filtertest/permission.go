@@ -43,9 +43,11 @@ type permission struct {
 	waiting    bool // for a client address
 	oneWay     bool // the client may not answer
 	timer      *time.Timer
-	live       bool // the kernel has acknowledged it
-	opened     bool // it was live
-	emulated   bool // a filter plays the bind: nothing is open
+	expiry     time.Time // zero: none
+	fixed      bool      // it stays, whatever is set later
+	live       bool      // the kernel has acknowledged it
+	opened     bool      // it was live
+	emulated   bool      // a filter plays the bind: nothing is open
 	gone       bool
 	flows      int // living ones
 }
@@ -99,17 +101,36 @@ func hosts(f *filterapi.IPFilter) []string {
 
 // startTimer (re)starts the expiry of a permission. Gateway.mu is held.
 func (p *permission) startTimer() {
-	if p.ask.Flags&filterapi.Timeout == 0 {
+	if p.ask.Flags&filterapi.Timeout == 0 || p.fixed {
 		return
-	}
-	if p.timer != nil {
-		p.timer.Stop()
 	}
 	d := p.ask.Expiry
 	if d == 0 {
 		d = filterapi.DefaultTimeout
 	}
-	p.timer = time.AfterFunc(d, func() { p.end(Expired) })
+	p.expireAfter(d)
+}
+
+// expireAfter sets the clock; 0 stops it. Gateway.mu is held.
+func (p *permission) expireAfter(d time.Duration) {
+	if p.timer != nil {
+		p.timer.Stop()
+	}
+	p.timer, p.expiry = nil, time.Time{}
+	if d == 0 {
+		return
+	}
+	p.expiry = time.Now().Add(d)
+	var mine *time.Timer
+	mine = time.AfterFunc(d, func() {
+		p.gateway.mu.Lock()
+		current := p.timer == mine // else it was started anew while it fired
+		p.gateway.mu.Unlock()
+		if current {
+			p.end(Expired)
+		}
+	})
+	p.timer = mine
 }
 
 func (p *permission) isGone() bool {
@@ -143,7 +164,7 @@ func (p *permission) ended(how What, text string) {
 
 // endLocked takes the permission out of force. Gateway.mu is held.
 func (p *permission) endLocked() {
-	p.gone, p.live = true, false
+	p.gone, p.live, p.expiry = true, false, time.Time{}
 	if p.timer != nil {
 		p.timer.Stop()
 	}

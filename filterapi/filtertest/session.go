@@ -224,10 +224,15 @@ func (s *session) HostAccessCheck(q filterapi.HostAccess) error {
 	case !q.Target.IsValid(), q.Target.Addr().Is4() != s.addr.Is4(),
 		q.Protocol == "" && (!q.Proto.HasPorts() || q.Target.Port() == 0):
 		return fmt.Errorf("host access check of %v: %w", q.Target, filterapi.ErrInvalidArgument)
+	case q.Target.Addr().IsUnspecified() && q.Protocol == "":
+		return fmt.Errorf("host access check of %v: %w", q.Target, filterapi.ErrInvalidArgument)
 	case !s.lives():
 		return filterapi.ErrTerminating
 	case s.gateway.Access == nil:
 		return nil
+	}
+	if q.Target.Addr().IsUnspecified() {
+		q.Target = netip.AddrPort{} // as for a bind
 	}
 	return s.gateway.Access(s.addr, q)
 }

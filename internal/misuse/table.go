@@ -164,6 +164,12 @@ func bindTable() (out []example) {
 		{"no clients", filterapi.ErrInvalidArgument, func(b *filterapi.Bind) { b.Clients = nil }},
 		{"client port 0", filterapi.ErrInvalidArgument, func(b *filterapi.Bind) { b.Clients[0] = netip.AddrPortFrom(client.Addr(), 0) }},
 		{"another family", filterapi.ErrInvalidArgument, func(b *filterapi.Bind) { b.Clients[0] = netip.MustParseAddrPort("[fd00:a::2]:1") }},
+		{"a port by its number alone", nil, func(b *filterapi.Bind) { b.External = netip.MustParseAddrPort("0.0.0.0:7000") }},
+		{"an odd port as a wish, even wanted", nil, func(b *filterapi.Bind) {
+			b.External, b.Flags = netip.AddrPortFrom(outside, 7001), filterapi.EvenPort|filterapi.Preferred
+		}},
+		{"no address of the client's family", filterapi.ErrInvalidArgument, func(b *filterapi.Bind) { b.External = netip.MustParseAddrPort("[::]:7000") }},
+		{"the same source", nil, func(b *filterapi.Bind) { b.Flags = filterapi.SameSource }},
 		{"another client", filterapi.ErrPolicyDenied, func(b *filterapi.Bind) { b.Clients[0] = netip.AddrPortFrom(other.Addr(), 1) }},
 		{"a near client", nil, func(b *filterapi.Bind) {
 			b.Clients[0], b.Flags = netip.AddrPortFrom(other.Addr(), 1), filterapi.ToSameNet
@@ -248,6 +254,55 @@ func boundTable() (out []example) {
 			}
 			return c.SetClientAddress(netip.AddrPortFrom(client.Addr(), 6001))
 		}},
+		{"SetExpiry", nil, nil, func(_ *scene, c filterapi.Connection) error {
+			if _, ends := c.Expiry(); ends {
+				return errors.New("it ends by itself")
+			}
+			if err := c.SetExpiry(time.Hour); err != nil {
+				return err
+			}
+			if at, ends := c.Expiry(); !ends || time.Until(at) > time.Hour || time.Until(at) < time.Hour/2 {
+				return errors.New("another expiry")
+			}
+			if err := c.SetIPFilter(filterapi.OnlyFrom(server.Addr())); err != nil {
+				return err
+			}
+			if err := c.SetExpiry(0); err != nil {
+				return err
+			}
+			if _, ends := c.Expiry(); ends {
+				return errors.New("it ends still")
+			}
+			return nil
+		}},
+		{"another at its port", filterapi.ErrAlreadyExists, nil, func(s *scene, c filterapi.Connection) error {
+			_, err := s.another(netip.AddrPortFrom(netip.IPv4Unspecified(), c.Tuple().Dst.Port()), 0)
+			return err
+		}},
+		{"another that wishes for its port", nil, nil, func(s *scene, c filterapi.Connection) error {
+			taken := c.Tuple().Dst
+			second, err := s.another(netip.AddrPortFrom(netip.IPv4Unspecified(), taken.Port()), filterapi.Preferred)
+			if err == nil && second.Tuple().Dst == taken {
+				return errors.New("both have the same address")
+			}
+			return err
+		}},
+		{"SetExpiry, negative", filterapi.ErrInvalidArgument, nil, func(_ *scene, c filterapi.Connection) error { return c.SetExpiry(-1) }},
+		{"SetExpiry after Kill", filterapi.ErrTerminating, nil, func(_ *scene, c filterapi.Connection) error {
+			c.Kill()
+			return c.SetExpiry(time.Hour)
+		}},
+		{"Expiry after Kill", nil, nil, func(_ *scene, c filterapi.Connection) error {
+			if err := c.SetExpiry(time.Hour); err != nil {
+				return err
+			}
+			c.Kill()
+			if _, ends := c.Expiry(); ends {
+				return errors.New("it ends still")
+			}
+			return nil
+		}},
+		{"SetExpiry of a flow", filterapi.ErrNotSupported, nil, func(s *scene, _ filterapi.Connection) error { return s.tcp.SetExpiry(time.Hour) }},
 		{"EmulateConnection", filterapi.ErrNotEmulated, nil, func(_ *scene, c filterapi.Connection) error {
 			_, err := c.EmulateConnection(waits{}, server, netip.AddrPort{})
 			return err
@@ -268,6 +323,17 @@ func boundTable() (out []example) {
 		}})
 	}
 	return out
+}
+
+// another makes a second bind, for another port of the client's.
+func (s *scene) another(external netip.AddrPort, f filterapi.Flags) (filterapi.Connection, error) {
+	b := s.bind(flow.TCP)
+	b.Clients[0], b.External, b.Flags = netip.AddrPortFrom(client.Addr(), 6001), external, f
+	all, err := s.session.BindForClient(b)
+	if err != nil {
+		return nil, err
+	}
+	return all[0], nil
 }
 
 func nobody(b *filterapi.Bind) { b.Clients[0] = netip.AddrPort{} }

@@ -138,6 +138,8 @@ func sessionTable() []example {
 		do("HostAccessCheck by port", nil, ask(filterapi.HostAccess{Proto: flow.TCP, Target: server})),
 		do("HostAccessCheck, not allowed", filterapi.ErrPolicyDenied, ask(filterapi.HostAccess{Proto: flow.TCP, Target: netip.AddrPortFrom(server.Addr(), 9)})),
 		do("HostAccessCheck, unknown protocol", bad, ask(filterapi.HostAccess{Protocol: "no-such-protocol", Target: server})),
+		do("HostAccessCheck, at all", nil, ask(filterapi.HostAccess{Protocol: "its own", Target: netip.MustParseAddrPort("0.0.0.0:0")})),
+		do("HostAccessCheck, anywhere by port", bad, ask(filterapi.HostAccess{Proto: flow.TCP, Target: netip.MustParseAddrPort("0.0.0.0:80")})),
 		do("HostAccessCheck, no target", bad, ask(filterapi.HostAccess{Protocol: "its own"})),
 		do("HostAccessCheck, neither protocol", bad, ask(filterapi.HostAccess{Target: server})),
 		do("AttachFilter, itself", nil, func(s *scene) error { return s.session.AttachFilter(Name) }),
