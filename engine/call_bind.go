@@ -231,6 +231,9 @@ func (s *session) newBind(b filterapi.Bind, t terms, x place, i int, client neti
 	if x.leased {
 		p.lease = p.External
 	}
+	if r := t.verdict.NetworkRule; b.Flags&filterapi.SameSource != 0 && x.first.Addr().Is4() && r != nil && r.Relation == policy.NAT && !t.verdict.Reverse {
+		p.Leaves = r.Name
+	}
 	p.filter = b.IPFilter.Clone()
 	p.setSources(p.filter)
 	p.object = &connection{

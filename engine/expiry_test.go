@@ -68,3 +68,41 @@ func TestAnExpiryThatTheKernelRefuses(t *testing.T) {
 		t.Errorf("afterwards %v; the kernel holds %v", err, b.kernel.held)
 	}
 }
+
+// TestTheSameSource: the kernel is told by which network rule the client
+// leaves, as long as somebody may come, and by none where nothing is
+// translated.
+func TestTheSameSource(t *testing.T) {
+	for name, c := range map[string]struct{ from, to, name, client, want string }{
+		"translated": {client, control, outer, "10.0.0.2:5000", "internet"},
+		"IPv6":       {inner6, "[2001:db8:b::10]:21", inner6, "[fd00:a::2]:5000", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b, f := officeBench(t)
+			s, _ := f.call(t, b, c.from, c.to, c.name)
+			for i, primary := range []filterapi.Connection{s.primary, nil} {
+				binds, err := s.BindForClient(filterapi.Bind{
+					Negotiated: filterapi.Negotiated{Primary: primary, Protocol: "talk", Proto: flow.UDP, Flags: filterapi.SameSource | filterapi.AllowMultiple},
+					Clients:    []netip.AddrPort{ap(c.client)},
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				k := b.kernel.only(t)
+				if k.Leaves != c.want {
+					t.Errorf("bind %d leaves by %q, want %q", i, k.Leaves, c.want)
+				}
+				b.KernelUsed(flow.Packet{Tuple: flow.Tuple{Proto: flow.UDP, Src: ap(c.to), Dst: k.External}, InIface: "wan0"})
+				binds[0].Kill()
+				for _, k := range b.kernel.held {
+					if k.Leaves != "" {
+						t.Errorf("closed, bind %d leaves by %q still", i, k.Leaves)
+					}
+				}
+				b.KernelEnded(flow.End{Tuple: flow.Tuple{Proto: flow.UDP, Src: ap(c.to), Dst: k.External}, Path: flow.Kernel, Result: flow.Closed})
+				b.calm()
+				clear(b.kernel.held) // void, it waits for late reports
+			}
+		})
+	}
+}

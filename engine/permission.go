@@ -159,7 +159,7 @@ func (p *permission) wanted() (inKernel, nat.Permission) {
 		return holdsNothing, out
 	}
 	// Nobody new comes in. What a flow on its way may need stays.
-	out.Timeout = 0
+	out.Timeout, out.Leaves = 0, ""
 	switch {
 	case p.ToUser && !p.inbound() && p.pending > p.severed:
 		// A first packet that is sent again finds the way to the one that user

@@ -14,7 +14,10 @@ import (
 // PermissionInfo is a permission that waits or whose flows live, for people.
 type PermissionInfo struct {
 	nat.Permission
+	// By is the filter that asked for it, or what of the configuration.
+	By       string
 	Session  uint64
+	User     string // of a private session
 	Owner    netip.Addr
 	Rule     string // empty: none has allowed it yet
 	Protocol string
@@ -25,6 +28,8 @@ type PermissionInfo struct {
 	// and the kernel carries on what they do not hold; or user: user space
 	// carries the flows.
 	Path string
+	// Bind: an external address that the gateway holds for the client.
+	Bind bool
 	// AddressBased: every session of the owner's address may use it.
 	AddressBased bool
 	// Notify: a filter hears of each connection that stands.
@@ -65,7 +70,7 @@ func (p *permission) info() (PermissionInfo, bool) {
 	i := PermissionInfo{
 		Permission: p.Permission, Session: p.session.id, Owner: p.session.addr, Protocol: p.standing.protocol,
 		AddressBased: p.addressBased, Notify: p.notify != nil, Expires: p.expiry, Flows: p.flows, State: "used",
-		Path: p.path(filtered),
+		Path: p.path(filtered), By: p.by, User: p.session.User(), Bind: p.object != nil,
 	}
 	if p.standing.rule != nil {
 		i.Rule = p.standing.rule.Name

@@ -64,7 +64,14 @@ func (e *Engine) stands(p *permission) bool {
 	p.mu.Lock()
 	b, discarding := p.basis, p.discarding
 	p.mu.Unlock()
-	return discarding || e.allowed(b) && (p.inbound() || p.session.joined(p.Proto, p.Target))
+	if discarding {
+		return true
+	}
+	v, err := e.judge(b)
+	if err != nil || p.Leaves != "" && (v.NetworkRule == nil || v.NetworkRule.Name != p.Leaves) {
+		return false
+	}
+	return p.inbound() || p.session.joined(p.Proto, p.Target)
 }
 
 // abandon voids what a call that failed has made.

@@ -13,6 +13,7 @@ var flagNames = map[string]filterapi.Flags{
 	"AddressBased": filterapi.AddressBased, "Bidirectional": filterapi.Bidirectional,
 	"IncreaseReceiveBuffer": filterapi.IncreaseReceiveBuffer, "EvenPort": filterapi.EvenPort,
 	"Discarding": filterapi.Discarding, "ToSameNet": filterapi.ToSameNet,
+	"Preferred": filterapi.Preferred, "SameSource": filterapi.SameSource,
 	"ToSameNetwork": filterapi.ToSameNetwork, "ToAll": filterapi.ToAll, "Unknown": 1 << 15,
 }
 
