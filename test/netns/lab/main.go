@@ -17,6 +17,8 @@ const (
 	// envGateway is the path of a gateway that was built before; without it
 	// the first test that needs one builds it.
 	envGateway = "SLUICE_GATEWAY"
+	// envSTUN is the path of pion's stun-nat-behaviour, likewise.
+	envSTUN = "SLUICE_STUN_CLIENT"
 	// envForm forces a queue form into every configuration: native or xt.
 	envForm = "SLUICE_QUEUE_FORM"
 	// envSlow multiplies every deadline, for a machine that is emulated.
@@ -40,9 +42,11 @@ func Main(m *testing.M) int {
 		<-interrupts
 		destroyAll()
 		built.remove()
+		stunClient.remove()
 		os.Exit(130)
 	}()
 	defer built.remove()
+	defer stunClient.remove()
 	return m.Run()
 }
 
@@ -55,38 +59,47 @@ func Patience(d time.Duration) time.Duration {
 	return time.Duration(float64(d) * factor)
 }
 
-// gatewayBinary is the gateway that a run tests; it is built once.
-type gatewayBinary struct {
+// program is one that is built once for a run, or was built before.
+type program struct {
+	env  string   // has the path of one that was built before
+	args []string // of go build
+	name string
+
 	once      sync.Once
 	path, dir string
 	err       error
 }
 
-var built gatewayBinary
+var (
+	built      = program{env: envGateway, name: "gateway", args: []string{"-tags", "probe", "github.com/sluicegw/sluice/cmd/gateway"}}
+	stunClient = program{env: envSTUN, name: "stun-nat-behaviour", args: []string{"github.com/pion/stun/v3/cmd/stun-nat-behaviour"}}
+)
 
 // Binary gives the path of the gateway, with the probe filter built in.
-func Binary() (string, error) {
-	built.once.Do(func() {
-		if built.path = os.Getenv(envGateway); built.path != "" {
-			built.path, built.err = filepath.Abs(built.path)
+func Binary() (string, error) { return built.get() }
+
+func (b *program) get() (string, error) {
+	b.once.Do(func() {
+		if b.path = os.Getenv(b.env); b.path != "" {
+			b.path, b.err = filepath.Abs(b.path)
 			return
 		}
-		if built.dir, built.err = os.MkdirTemp("", "sluice-gateway."); built.err != nil {
+		if b.dir, b.err = os.MkdirTemp("", "sluice-"+b.name+"."); b.err != nil {
 			return
 		}
-		if built.err = os.Chmod(built.dir, 0o755); built.err != nil { // one test runs it without root
+		if b.err = os.Chmod(b.dir, 0o755); b.err != nil { // one test runs it without root
 			return
 		}
-		built.path = filepath.Join(built.dir, "gateway")
-		out, err := exec.Command("go", "build", "-tags", "probe", "-o", built.path, "github.com/sluicegw/sluice/cmd/gateway").CombinedOutput()
+		b.path = filepath.Join(b.dir, b.name)
+		out, err := exec.Command("go", append([]string{"build", "-o", b.path}, b.args...)...).CombinedOutput()
 		if err != nil {
-			built.err = fmt.Errorf("build the gateway: %w\n%s", err, out)
+			b.err = fmt.Errorf("build %s: %w\n%s", b.name, err, out)
 		}
 	})
-	return built.path, built.err
+	return b.path, b.err
 }
 
-func (b *gatewayBinary) remove() {
+func (b *program) remove() {
 	if b.dir != "" {
 		_ = os.RemoveAll(b.dir)
 	}
