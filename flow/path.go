@@ -31,9 +31,13 @@ const (
 	// Own marks the gateway's own sockets that carry a taken-over flow on to
 	// its server (the upstream leg).
 	Own
+	// Exhausted answers every packet, TCP too, with ICMP "administratively
+	// prohibited": there was no external port for its flow (RFC 5508, REQ-8).
+	// It stands in the packet mark only: no flow begins that has it.
+	Exhausted
 )
 
-var pathNames = [...]string{"drop", "reject", "host-unreachable", "net-unreachable", "port-unreachable", "kernel", "user", "own"}
+var pathNames = [...]string{"drop", "reject", "host-unreachable", "net-unreachable", "port-unreachable", "kernel", "user", "own", "exhausted"}
 
 func (p Path) String() string {
 	if int(p) < len(pathNames) {
@@ -55,7 +59,8 @@ const DefaultMask = 0x0f000000
 // conntrack mark belong to Sluice:
 //
 //	mask      c p p p      p p p = the Path
-//	          |            c     = cut; in the conntrack mark only
+//	          |            c     = cut, in the conntrack mark; in the packet
+//	          |                    mark it is the fourth bit of the Path
 //
 // One value of the conntrack mark stands for itself, because a living flow is
 // never refused: the cut bit with the path Reject is a kernel flow that passes
@@ -96,7 +101,7 @@ func (m Marks) OneWay() uint32 { return m.Cut() | m.Value(Reject) }
 // IsOneWay says whether a conntrack mark is that of such a flow.
 func (m Marks) IsOneWay(mark uint32) bool { return mark&m.Mask() == m.OneWay() }
 
-// Path reads the path out of a mark.
+// Path reads the path out of a conntrack mark.
 func (m Marks) Path(mark uint32) Path {
 	if m.IsOneWay(mark) {
 		return Kernel

@@ -94,7 +94,7 @@ const (
 
 // counterNames are the named counters. They outlive a reload.
 var counterNames = []string{
-	counterSpoofed, counterNotSyn, counterRefused, counterDiscarded, counterCut, counterUnmarked, counterQueued, counterPermitted,
+	counterSpoofed, counterNotSyn, counterRefused, counterDiscarded, counterCut, counterUnmarked, counterQueued, counterPermitted, counterExhausted,
 }
 
 const (
@@ -106,6 +106,7 @@ const (
 	counterUnmarked  = "unmarked"  // no path: died in the forward chain
 	counterQueued    = "queued"    // packets sent to user space
 	counterPermitted = "permitted" // flows that a permission let in
+	counterExhausted = "exhausted" // first packets for which there was no port
 )
 
 // builder collects the parts of a Ruleset.

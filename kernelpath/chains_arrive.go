@@ -136,7 +136,8 @@ func (b *builder) answers() {
 const (
 	logRate  = 10
 	logBurst = 20
-	// ICMP errors of the gateway's own that are looked at.
+	// ICMP errors of the gateway's own that are looked at, and those that say
+	// that no port is left.
 	errorRate  = 100
 	errorBurst = 100
 )

@@ -14,18 +14,19 @@ import (
 // the queue's verdict wrote into the packet's mark.
 //
 //	ct mark and PATH vmap { K : accept, U : goto divert, O : goto local_own }
-//	meta mark and PATH vmap { reject : goto refuse_marked, ..., K : goto carry_first, U : goto take_first }
+//	meta mark and MASK vmap { reject : goto refuse_marked, ..., exhausted : goto exhausted, K : goto carry_first, U : goto take_first }
 func (b *builder) steer() error {
 	s := b.base("steer", prerouting(prioritySteer))
 	on := func(p flow.Path, to stmt) branch { return branch{[]value{markValue(b.mark(p))}, to} }
 	s.add(switchMark(fieldCtMark, b.Marks.PathMask(), []branch{
 		on(flow.Kernel, accept()), on(flow.User, goTo(chainDivert)), on(flow.Own, goTo(chainLocalOwn)),
 	}))
-	s.add(switchMark(fieldMetaMark, b.Marks.PathMask(), []branch{
+	s.add(switchMark(fieldMetaMark, b.Marks.Mask(), []branch{
 		on(flow.Reject, goTo("refuse_marked")),
 		on(flow.HostUnreachable, goTo("host_unreachable")),
 		on(flow.NetUnreachable, goTo("net_unreachable")),
 		on(flow.PortUnreachable, goTo("port_unreachable")),
+		on(flow.Exhausted, goTo("exhausted")),
 		on(flow.Kernel, goTo(chainCarryFirst)),
 		on(flow.User, goTo(chainTakeFirst)),
 	}))
@@ -34,6 +35,7 @@ func (b *builder) steer() error {
 	b.chain("host_unreachable").add(unreachable(hostUnreachable))
 	b.chain("net_unreachable").add(unreachable(noRouteToNetwork))
 	b.chain("port_unreachable").add(unreachable(portUnreachable))
+	b.exhausted()
 
 	b.chain(chainTakeFirst).add(b.putPath(fieldCtMark, flow.User), goTo(chainDivert))
 
@@ -48,6 +50,21 @@ func (b *builder) steer() error {
 
 	b.chain(chainLocalOwn).add(b.putPath(fieldMetaMark, flow.User), accept())
 	return nil
+}
+
+// exhausted tells who gets no external port. A host that meets it goes on
+// asking, so that only so many a second are told.
+//
+//	chain exhausted {
+//		counter name "exhausted"
+//		limit rate 100/second burst 100 packets reject with icmpx type admin-prohibited
+//		drop
+//	}
+func (b *builder) exhausted() {
+	c := b.chain("exhausted")
+	c.add(count(counterExhausted))
+	c.add(atMost(errorRate, errorBurst), unreachable(adminProhibited))
+	c.add(drop())
 }
 
 // forward lets nothing pass but kernel flows.

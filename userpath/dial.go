@@ -11,6 +11,9 @@ import (
 	"github.com/sluicegw/sluice/flow"
 )
 
+// errNoPort: all ports of the gateway's own are in use towards one server.
+var errNoPort = fmt.Errorf("no port of the gateway's own is left: %w", unix.EADDRNOTAVAIL)
+
 // errDialTimeout is the end of a dial that nobody answered.
 var errDialTimeout = fmt.Errorf("no answer: %w", unix.ETIMEDOUT)
 
@@ -27,6 +30,9 @@ func startDial(d engine.Dial, marks flow.Marks) (fd int, err error) {
 	}
 	if err = prepareDial(fd, d, marks); err == nil {
 		err = unix.Connect(fd, sockaddrOf(d.Target))
+		if err == unix.EADDRNOTAVAIL && d.Source.Port() == 0 {
+			err = errNoPort
+		}
 	}
 	if err != nil && !errors.Is(err, unix.EINPROGRESS) {
 		unix.Close(fd)
@@ -98,6 +104,9 @@ var dialErrors = []struct {
 // the result for the log. What is not the network's word is the gateway's own
 // trouble: the SYN is dropped, and its retransmission tries again.
 func classifyDial(err error) (flow.Path, flow.Result) {
+	if errors.Is(err, errNoPort) {
+		return flow.Exhausted, flow.Failed
+	}
 	for _, e := range dialErrors {
 		if errors.Is(err, e.err) {
 			return e.path, e.result

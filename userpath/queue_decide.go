@@ -17,7 +17,7 @@ import (
 type Takeovers interface {
 	// TCP dials upstream and returns User when the connection stands, else
 	// what the client is to be told: Reject, HostUnreachable, NetUnreachable,
-	// PortUnreachable, or Drop.
+	// PortUnreachable, Exhausted, or Drop.
 	TCP(ctx context.Context, t *engine.Takeover) flow.Path
 	// UDP makes ready to receive the flow's datagrams and returns as TCP does.
 	UDP(ctx context.Context, t *engine.Takeover) flow.Path

@@ -13,7 +13,7 @@ import (
 // counters are the running totals behind Stats.
 type counters struct {
 	packets, decisions, absorbed, held, dropped, requeued, late, noBuffers, reopened,
-	overHeld, overDials, overload, malformed, lost, gone, refused, unsent atomic.Uint64
+	overHeld, overDials, overload, malformed, lost, gone, refused, unsent, exhausted atomic.Uint64
 }
 
 // QueueStats is what the queues did so far, and where they stand.
@@ -35,6 +35,7 @@ type QueueStats struct {
 	Gone      uint64 // verdicts for packets that were gone (ENOENT)
 	Refused   uint64 // verdicts refused for another reason
 	Unsent    uint64 // verdicts that could not be sent
+	Exhausted uint64 // packets for whose flow there was no external port
 
 	Flows int // under judgement now
 	Dials int // pending now
@@ -59,7 +60,8 @@ func (q *Queues) Stats() QueueStats {
 		NoBuffers: c.noBuffers.Load(), Reopened: c.reopened.Load(), OverHeld: c.overHeld.Load(),
 		OverDials: c.overDials.Load(), Overload: c.overload.Load(), Malformed: c.malformed.Load(),
 		Lost: c.lost.Load(), Gone: c.gone.Load(), Refused: c.refused.Load(), Unsent: c.unsent.Load(),
-		Flows: int(q.table.live.Load()), Dials: int(q.dials.Load()),
+		Exhausted: c.exhausted.Load(),
+		Flows:     int(q.table.live.Load()), Dials: int(q.dials.Load()),
 	}
 	for _, x := range q.queues {
 		s.Queues = append(s.Queues, QueueDepth{x.number, x.state.depth.Load(), x.state.full.Load(), x.state.missed.Load()})

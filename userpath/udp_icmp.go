@@ -350,7 +350,7 @@ func (u *UDP) refuse(path flow.Path, key udpKey, payload []byte) {
 		u.tell(key, e, payload)
 	}
 	switch path {
-	case flow.Reject:
+	case flow.Reject, flow.Exhausted:
 		pick(icmp4Admin, icmp6Admin)
 	case flow.HostUnreachable:
 		pick(icmp4Host, icmp6Address)

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicegw/sluice/engine"
 	"github.com/sluicegw/sluice/filterapi"
@@ -25,7 +26,8 @@ var (
 // Takeover makes a flow ready to be carried while its first datagram is still
 // held: the answer is the path for that datagram. flow.User: sockets stand,
 // t.Connected was called, and the datagram may come to the listener.
-// flow.Drop: the flow cannot be carried, and t.Ended was called. A takeover
+// flow.Exhausted: there is no room or no port for it; flow.Drop: it cannot be
+// carried for another reason; t.Ended was called. A takeover
 // that is carried already is found again; another one of the same tuple
 // replaces it. It never waits for the network.
 func (u *UDP) Takeover(_ context.Context, t *engine.Takeover) flow.Path {
@@ -41,10 +43,15 @@ func udpRequestOf(t *engine.Takeover) udpRequest {
 }
 
 func (u *UDP) take(q udpRequest) flow.Path {
-	if u.bring(q) != nil {
-		return flow.Drop
+	err := u.bring(q)
+	switch {
+	case err == nil:
+		return flow.User
+	case errors.Is(err, errUDPSockets), errors.Is(err, errUDPPeers), errors.Is(err, errUDPFlows),
+		errors.Is(err, unix.EADDRINUSE) && q.dial.Source.Port() == 0: // no port is left
+		return flow.Exhausted
 	}
-	return flow.User
+	return flow.Drop
 }
 
 // Originate makes a flow to a client in the name of a filter that emulates its

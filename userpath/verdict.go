@@ -31,7 +31,7 @@ const maxVerdicts = 32
 // what carries or answers may pass; everything else drops.
 func pathVerdict(p flow.Path) uint32 {
 	switch p {
-	case flow.Kernel, flow.User, flow.Reject, flow.HostUnreachable, flow.NetUnreachable, flow.PortUnreachable:
+	case flow.Kernel, flow.User, flow.Reject, flow.HostUnreachable, flow.NetUnreachable, flow.PortUnreachable, flow.Exhausted:
 		return nfAccept
 	}
 	return nfDrop
@@ -61,6 +61,9 @@ func (v *verdicts) path(h heldPacket, p flow.Path) {
 	if pathVerdict(p) == nfDrop {
 		v.drop(h)
 		return
+	}
+	if p == flow.Exhausted {
+		v.count.exhausted.Add(1)
 	}
 	v.room(h.sock)
 	v.buf = appendVerdict(v.buf, h.sock.number, h.id, nfAccept)

@@ -10,7 +10,7 @@ func (g *gateway) Counters() map[string]uint64 {
 		"queue.dropped": q.Dropped, "queue.requeued": q.Requeued, "queue.late": q.Late, "queue.enobufs": q.NoBuffers,
 		"queue.reopened": q.Reopened, "queue.over_held": q.OverHeld, "queue.over_dials": q.OverDials,
 		"queue.overload": q.Overload, "queue.malformed": q.Malformed, "queue.lost": q.Lost, "queue.gone": q.Gone,
-		"queue.refused": q.Refused, "queue.unsent": q.Unsent, "queue.flows": uint64(q.Flows), "queue.dials": uint64(q.Dials),
+		"queue.refused": q.Refused, "queue.unsent": q.Unsent, "queue.exhausted": q.Exhausted, "queue.flows": uint64(q.Flows), "queue.dials": uint64(q.Dials),
 		"tcp.flows": uint64(t.Flows), "tcp.unknown": t.Unknown, "tcp.expired": t.Expired,
 		"tcp.accept_errors": t.AcceptErrors, "tcp.filter_failures": t.FilterFailures,
 		"udp.flows": uint64(u.Flows), "udp.sockets": uint64(u.Sockets), "udp.unknown_peer": u.UnknownPeer,

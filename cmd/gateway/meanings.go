@@ -25,6 +25,7 @@ var meanings = map[string]string{
 	"queue.gone":       "answers for packets that had gone",
 	"queue.refused":    "answers that the kernel refused",
 	"queue.unsent":     "answers that could not be sent",
+	"queue.exhausted":  "first packets for whose flow there was no external port, or no room",
 	"queue.flows":      "flows under judgement now",
 	"queue.dials":      "connects pending now",
 
