@@ -181,34 +181,34 @@ func TestUDPAskAgain(t *testing.T) {
 func TestUDPBounds(t *testing.T) {
 	udpInLab(t, func(l *udpLab) {
 		l.start(UDPConfig{MaxSockets: 2, MaxPeers: 2, MaxFlows: 3})
-		refuse := func(src, dst string) {
+		refuse := func(src, dst string, want flow.Path) {
 			t.Helper()
 			f := newUDPFake(t)
 			q := udpRequest{tuple: flow.Tuple{Proto: flow.UDP, Src: netip.MustParseAddrPort(src), Dst: netip.MustParseAddrPort(dst)}, control: f}
 			q.dial = engine.Dial{Proto: flow.UDP, Target: q.tuple.Dst}
-			if p := l.u.take(q); p != flow.Drop {
-				t.Errorf("%s > %s: path %s, want drop", src, dst, p)
+			if p := l.u.take(q); p != want {
+				t.Errorf("%s > %s: path %s, want %s", src, dst, p, want)
 			} else if e := f.end(); e.result != flow.Failed || e.reason == "" || f.connected != 0 {
 				t.Errorf("%s > %s: ended %+v", src, dst, e)
 			}
 		}
 		one := l.take("10.0.0.2:1000", "203.0.113.10:1", "")
 		two := l.take("10.0.0.2:1000", "203.0.113.10:2", "10.0.0.2:1000")
-		refuse("10.0.0.2:1000", "203.0.113.10:3") // peers
+		refuse("10.0.0.2:1000", "203.0.113.10:3", flow.Exhausted) // peers
 		three := l.take("10.0.0.2:1001", "203.0.113.10:1", "")
-		refuse("10.0.0.2:1001", "203.0.113.10:2") // flows
+		refuse("10.0.0.2:1001", "203.0.113.10:2", flow.Exhausted) // flows
 		close(three.kill)
 		three.end()
 		four := l.take("10.0.0.2:1002", "203.0.113.10:1", "")
 		close(two.kill)
 		two.end()
-		refuse("10.0.0.2:1003", "203.0.113.10:1") // sockets
+		refuse("10.0.0.2:1003", "203.0.113.10:1", flow.Exhausted) // sockets
 		for _, f := range []*udpFake{one, four} {
 			close(f.kill)
 			f.end()
 		}
-		refuse("10.0.0.2:0", "203.0.113.10:1")
-		refuse("10.0.0.2:1", "[2001:db8:b::10]:1")
+		refuse("10.0.0.2:0", "203.0.113.10:1", flow.Drop)
+		refuse("10.0.0.2:1", "[2001:db8:b::10]:1", flow.Drop)
 		if n := len(l.u.peers) + len(l.u.flows) + len(l.u.replies) + l.u.opening; n != 0 {
 			t.Errorf("%d things left behind", n)
 		}
