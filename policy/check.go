@@ -171,14 +171,17 @@ func (c *checker) protocol(d *Protocol) {
 }
 
 func (c *checker) rule(r *Rule) {
-	if r.Action > Allow {
-		c.add("action", -1, "is neither allow nor deny")
+	if r.Action > Publish {
+		c.add("action", -1, "is neither allow, deny nor publish")
 	}
 	if r.Refusal > RefuseDrop {
 		c.add("refuse", -1, "is unknown")
 	}
 	c.names("from", r.From, "network", func(n string) bool { return c.networks[n] })
-	c.names("to", r.To, "network", func(n string) bool { return c.networks[n] })
+	if r.Action != Publish {
+		c.names("to", r.To, "network", func(n string) bool { return c.networks[n] })
+	}
+	c.publication(r)
 	c.names("protocols", r.Protocols, "protocol", func(n string) bool { return c.protocols[n] != nil })
 	if i := slices.Index(r.From, Gateway); i >= 0 {
 		c.add("from", i, "what the gateway itself sends is not subject to rules")
@@ -197,7 +200,7 @@ func (c *checker) rule(r *Rule) {
 			c.add("filters", i, "filter %q fits none of the rule's protocols", use.Name)
 		}
 	}
-	if r.Action == Allow && r.Refusal != RefuseAuto {
+	if r.Action != Deny && r.Refusal != RefuseAuto {
 		c.add("refuse", -1, "only a rule that denies refuses")
 	}
 	if r.Action == Deny && r.FailOpen {

@@ -17,8 +17,12 @@ const maxBoxes = 2_000_000
 // multiplies to more than two million boxes.
 func (p *Policy) Compile() (Compiled, error) {
 	c := newCompiler(p)
-	out := Compiled{Zones: c.zones()}
+	out := Compiled{Zones: c.zones(), Publications: c.publications()}
 	for in := range out.Zones {
+		c.publish(in)
+		if stages := c.stages(0); len(stages) > 0 {
+			out.Publish = append(out.Publish, Table{In: in, Stages: stages})
+		}
 		t := Table{In: in}
 		for f := range 2 {
 			c.input(f, in)
@@ -56,6 +60,10 @@ type compiler struct {
 	// on the From side, and on the To side.
 	naming [2][][]uint64
 	shared [2]map[[2]int32][]netip.Prefix // by family: prefixes that two networks share
+	// pinholes are the rules that publish an IPv6 server, as bits; numbers has
+	// Box.Publication of each rule.
+	pinholes []uint64
+	numbers  []int
 
 	boxes []Box // of the family and pair at hand, in the order of the rules
 	total int   // boxes made so far; beyond maxBoxes nothing more is made
@@ -192,7 +200,11 @@ func (c *compiler) forward(f, in, out int) {
 	}
 	from, to := c.naming[0][in], c.naming[1][out]
 	for w := range from {
-		for set := from[w] & to[w]; set != 0; set &= set - 1 {
+		named := to[w]
+		if f == 1 {
+			named |= c.pinholes[w]
+		}
+		for set := from[w] & named; set != 0; set &= set - 1 {
 			n := w*64 + bits.TrailingZeros64(set)
 			c.rule(f, n, in, c.members[out], regions)
 		}
@@ -200,16 +212,22 @@ func (c *compiler) forward(f, in, out int) {
 	c.rest(f, regions)
 }
 
-// input expands the rules from a zone to the gateway itself.
-func (c *compiler) input(f, in int) {
-	c.boxes = c.boxes[:0]
+// inputRegions are the sources behind a zone that are told about refusals of the
+// gateway itself, then all of them.
+func (c *compiler) inputRegions(in int) []region {
 	var regions []region
 	for id, inside := range c.ix.inside {
 		if inside && c.members[in][id] {
 			regions = append(regions, region{int32(id), anyNet, true, false})
 		}
 	}
-	regions = append(regions, region{anyNet, anyNet, false, false})
+	return append(regions, region{anyNet, anyNet, false, false})
+}
+
+// input expands the rules from a zone to the gateway itself.
+func (c *compiler) input(f, in int) {
+	c.boxes = c.boxes[:0]
+	regions := c.inputRegions(in)
 	gateway := make([]bool, len(c.ix.nets))
 	gateway[gatewayNet] = true
 	for _, w := range c.ix.to[gatewayNet] {
@@ -225,6 +243,10 @@ func (c *compiler) input(f, in int) {
 // one of the networks to.
 func (c *compiler) rule(f, n, in int, to []bool, regions []region) {
 	r, cells := &c.Policy.rules[n], &c.rules[n]
+	if r.Action == Publish {
+		c.pinhole(f, n, in, regions)
+		return
+	}
 	if r.Action == Deny && r.Refusal == RefuseAuto {
 		for _, g := range regions {
 			told := cells.others[f]
@@ -277,10 +299,14 @@ func (c *compiler) areas(f, n, in int, to []bool, regions []region) []area {
 			}
 		}
 	}
+	widestFirst(list)
+	return list
+}
+
+func widestFirst(list []area) {
 	slices.SortStableFunc(list, func(a, b area) int {
 		return a.src.Bits() + a.dst.Bits() - b.src.Bits() - b.dst.Bits()
 	})
-	return list
 }
 
 // crossing appends what two networks of a rule have in a region.

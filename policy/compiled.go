@@ -19,6 +19,21 @@ type Compiled struct {
 	// Input has, per zone In, what may reach the gateway itself. Its classes
 	// are ClassKernel (accept), ClassReject and ClassDrop.
 	Input []Table
+	// Publish has, per zone In, what is published at addresses of the gateway,
+	// and is asked before Input about a flow to one of them. A flow that hits
+	// nothing, or a box of ClassKernel without a Publication, is for the gateway
+	// itself. IPv4 alone: an IPv6 server is in Forward.
+	Publish []Table
+	// Publications are those that Box.Publication counts, from 1.
+	Publications []Published
+}
+
+// Published is a rule that publishes, as the kernel needs it.
+type Published struct {
+	Rule string
+	Publication
+	// Ports are the external ports that ServerPort shifts; zero without it.
+	Ports PortRange
 }
 
 // Zone is a class of interfaces.
@@ -62,4 +77,7 @@ type Box struct {
 	// Ports are destination ports or ICMP types (0..255); 0..65535 in KindOther.
 	Ports PortRange
 	Class Class
+	// Publication says whose flows these are: Compiled.Publications, counted
+	// from 1; 0: no published server's.
+	Publication int
 }

@@ -36,7 +36,8 @@ type index struct {
 	// netRules are the two ends of each network rule.
 	netRules [][2]int32
 	// joins has, for each network, the network rules that name it, ascending.
-	joins [][]int32
+	joins     [][]int32
+	published publishedIndex
 	// inside are the networks that stand on the From side of a network rule.
 	inside []bool
 }
@@ -104,6 +105,7 @@ func newIndex(p *Policy) *index {
 		ix.ruleFrom = append(ix.ruleFrom, post(ix.from, i, r.From, netID))
 		ix.ruleTo = append(ix.ruleTo, post(ix.to, i, r.To, netID))
 		ix.ruleProtos = append(ix.ruleProtos, post(ix.protos, i, r.Protocols, protoID))
+		ix.published.add(i, r, p.protocols, ix.ruleProtos[i])
 	}
 	return ix
 }

@@ -51,7 +51,7 @@ func (p *Policy) judge(q Question, protos []int32) Verdict {
 		inside = !v.Reverse
 	}
 
-	n := ix.firstRule(from, to, protos)
+	n := p.firstOf(ix.firstRule(from, to, protos), q, from, protos)
 	if n < 0 {
 		v.Protocol, v.Reason = p.firstProtocol(protos), ReasonDefault
 		if inside && len(protos) > 0 {
@@ -73,7 +73,10 @@ func (p *Policy) apply(v *Verdict, n int, q Question, protos []int32, inside boo
 		return
 	}
 	v.Class = ClassKernel
-	if !q.Proto.HasPorts() || q.ToGateway {
+	if v.Rule.Action == Publish {
+		v.Server = p.ix.published.leads(n, v.Rule.Publication, q)
+	}
+	if !q.Proto.HasPorts() || q.ToGateway && v.Rule.Action != Publish {
 		return
 	}
 	v.Filters = p.filtersOf(n, protos)

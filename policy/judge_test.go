@@ -128,7 +128,7 @@ func TestJudge(t *testing.T) {
 		if got := plain(p.Judge(q)); got != x.want {
 			t.Errorf("%s: %s\n got %+v\nwant %+v", x.why, x.flow, got, x.want)
 		}
-		if got := simulate(t, c, q); got != x.want.class {
+		if got, _ := simulate(t, c, q); got != x.want.class {
 			t.Errorf("%s: %s: compiled to %d, want %d", x.why, x.flow, got, x.want.class)
 		}
 	}
@@ -161,7 +161,9 @@ func TestWith(t *testing.T) {
 		t.Error("the switch moved the wrong flows")
 	}
 	c, err := on.Compile()
-	if err != nil || simulate(t, c, q) != ClassAsk || simulate(t, c, other) != ClassKernel {
+	class, _ := simulate(t, c, q)
+	rest, _ := simulate(t, c, other)
+	if err != nil || class != ClassAsk || rest != ClassKernel {
 		t.Errorf("the compiled switch: %v", err)
 	}
 	off, err := on.With("web", false)

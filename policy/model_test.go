@@ -98,9 +98,30 @@ func (m *model) judge(q Question) (a answer) {
 		a.reason = ReasonNetwork
 		return a
 	}
+	r, own := m.first(q, src, func(r *Rule) bool {
+		return r.Action == Publish && m.publishedAt(r, q) || slices.ContainsFunc(r.To, dst)
+	})
+	if r != nil && r.Action == Publish && q.ToGateway {
+		// What was denied somebody before wherever he goes, he does not reach
+		// by way of the gateway.
+		r, own = m.first(q, src, func(x *Rule) bool { return x == r || x.Action == Deny && slices.Contains(x.To, Any) })
+	}
+	if r != nil {
+		return m.decided(a, q, r, own, inside, defined != "")
+	}
+	a.reason = ReasonDefault
+	if inside && defined != "" {
+		a.class = ClassReject
+	}
+	return a
+}
+
+// first is the first rule for a flow of those that go where it goes, with its
+// own definitions that match.
+func (m *model) first(q Question, src func(string) bool, goes func(*Rule) bool) (*Rule, []Protocol) {
 	for i := range m.rules {
 		r := &m.rules[i]
-		if !slices.ContainsFunc(r.From, src) || !slices.ContainsFunc(r.To, dst) {
+		if !slices.ContainsFunc(r.From, src) || !goes(r) {
 			continue
 		}
 		var own []Protocol
@@ -116,13 +137,18 @@ func (m *model) judge(q Question) (a answer) {
 		if !all && len(own) == 0 {
 			continue
 		}
-		return m.decided(a, q, r, own, inside, defined != "")
+		return r, own
 	}
-	a.reason = ReasonDefault
-	if inside && defined != "" {
-		a.class = ClassReject
+	return nil, nil
+}
+
+// publishedAt says whether a rule publishes at the address of a flow.
+func (m *model) publishedAt(r *Rule, q Question) bool {
+	if !q.Is4() {
+		return !q.ToGateway && r.Publication.Server(true) == q.Dst.Addr()
 	}
-	return a
+	at := r.Publication.Addresses
+	return q.ToGateway && r.Publication.Server(false).IsValid() && (len(at) == 0 || slices.Contains(at, q.Dst.Addr()))
 }
 
 func (m *model) decided(a answer, q Question, r *Rule, own []Protocol, inside, defined bool) answer {
@@ -139,7 +165,7 @@ func (m *model) decided(a answer, q Question, r *Rule, own []Protocol, inside, d
 		return a
 	}
 	a.class = ClassKernel
-	if !q.Proto.HasPorts() || q.ToGateway {
+	if !q.Proto.HasPorts() || q.ToGateway && r.Action != Publish {
 		return a
 	}
 	for _, u := range r.Filters {
@@ -156,9 +182,57 @@ func (m *model) decided(a answer, q Question, r *Rule, own []Protocol, inside, d
 	return a
 }
 
-// simulate looks a flow up as the kernel does. It reports a stage in which
-// two boxes hold it.
-func simulate(t testing.TB, c Compiled, q Question) Class {
+// server is where a flow that is allowed is sent, if it is published.
+func (m *model) server(a answer, q Question) netip.AddrPort {
+	i := slices.IndexFunc(m.rules, func(r Rule) bool { return r.Name == a.rule && r.Action == Publish })
+	if i < 0 {
+		return netip.AddrPort{}
+	}
+	r, port := &m.rules[i], q.Dst.Port()
+	if r.Publication.ServerPort != 0 && q.Is4() {
+		lowest := uint16(65535)
+		for _, d := range m.protocols {
+			for _, y := range d.Matches {
+				if slices.Contains(r.Protocols, d.Name) {
+					lowest = min(lowest, y.Ports.Lo)
+				}
+			}
+		}
+		port = port - lowest + r.Publication.ServerPort
+	}
+	return netip.AddrPortFrom(r.Publication.Server(!q.Is4()), port)
+}
+
+// simulate looks a flow up as the kernel does, and says where a published one is
+// sent. It reports a stage in which two boxes hold it.
+func simulate(t testing.TB, c Compiled, q Question) (Class, netip.AddrPort) {
+	if q.ToGateway && q.Is4() {
+		b, hit := lookUp(t, c, c.Publish, q)
+		if hit && (b.Publication != 0 || b.Class != ClassKernel) {
+			return b.Class, c.leads(b, q)
+		}
+	}
+	tables := c.Forward
+	if q.ToGateway {
+		tables = c.Input
+	}
+	b, _ := lookUp(t, c, tables, q)
+	return b.Class, c.leads(b, q)
+}
+
+func (c *Compiled) leads(b Box, q Question) netip.AddrPort {
+	if b.Publication == 0 {
+		return netip.AddrPort{}
+	}
+	p, port := &c.Publications[b.Publication-1], q.Dst.Port()
+	if p.ServerPort != 0 && q.Is4() {
+		port = port - p.Ports.Lo + p.ServerPort
+	}
+	return netip.AddrPortFrom(p.Server(!q.Is4()), port)
+}
+
+// lookUp gives the box that holds a flow. The zero value drops.
+func lookUp(t testing.TB, c Compiled, tables []Table, q Question) (box Box, hit bool) {
 	zone := func(iface string) int {
 		for _, z := range c.Zones[1:] {
 			if slices.Contains(z.Interfaces, iface) {
@@ -167,13 +241,13 @@ func simulate(t testing.TB, c Compiled, q Question) Class {
 		}
 		return 0
 	}
-	tables, out := c.Forward, zone(q.OutIface)
+	out := zone(q.OutIface)
 	if q.ToGateway {
-		tables, out = c.Input, 0
+		out = 0
 	}
 	i := slices.IndexFunc(tables, func(x Table) bool { return x.In == zone(q.InIface) && x.Out == out })
 	if i < 0 {
-		return ClassDrop
+		return Box{}, false
 	}
 	kind := KindOther
 	switch {
@@ -186,21 +260,21 @@ func simulate(t testing.TB, c Compiled, q Question) Class {
 		if s.Is6 == q.Is4() || s.Kind != kind {
 			continue
 		}
-		hits, class := 0, ClassDrop
+		hits := 0
 		for _, b := range s.Boxes {
 			if b.Src.Contains(q.Src.Addr()) && b.Dst.Contains(q.Dst.Addr()) && b.Protos[0] <= q.Proto && q.Proto <= b.Protos[1] &&
 				(kind == KindOther && b.Ports == PortRange{0, 65535} || kind != KindOther && b.Ports.Lo <= q.Dst.Port() && q.Dst.Port() <= b.Ports.Hi) {
-				hits, class = hits+1, b.Class
+				hits, box = hits+1, b
 			}
 		}
 		if hits > 1 {
 			t.Fatalf("%d boxes of one stage hold %v", hits, q)
 		}
 		if hits == 1 {
-			return class
+			return box, true
 		}
 	}
-	return ClassDrop
+	return Box{}, false
 }
 
 // draw makes a small policy from a seed, without the mistakes that New finds.
@@ -268,9 +342,45 @@ func draw(r *rand.Rand) *model {
 				}
 			}
 		}
+		if pick(2) == 0 {
+			m.publish(r, &x)
+		}
 		m.rules = append(m.rules, x)
 	}
 	return m
+}
+
+// publish makes a rule one that publishes, if its protocols can be.
+func (m *model) publish(r *rand.Rand, x *Rule) {
+	pub := &Publication{FromGateway: r.IntN(3) == 0}
+	var matches []Match
+	var protos []string
+	for _, d := range m.protocols {
+		unfit := slices.ContainsFunc(d.Matches, func(y Match) bool {
+			return y.Proto == flow.ICMP || y.Proto == flow.ICMPv6 || pub.FromGateway && !y.Proto.HasPorts()
+		})
+		if slices.Contains(x.Protocols, d.Name) && !unfit {
+			matches, protos = append(matches, d.Matches...), append(protos, d.Name)
+		}
+	}
+	if len(protos) == 0 || len(protos) < len(x.Protocols) && x.Filters != nil {
+		return
+	}
+	x.Protocols = protos
+	if r.IntN(3) > 0 {
+		pub.Servers = append(pub.Servers, netip.MustParseAddr([]string{"10.1.1.2", "10.2.0.1"}[r.IntN(2)]))
+		for _, a := range []string{"10.1.1.1", "192.0.2.7"} {
+			if r.IntN(3) == 0 {
+				pub.Addresses = append(pub.Addresses, netip.MustParseAddr(a))
+			}
+		}
+	}
+	if pub.Servers == nil || r.IntN(2) == 0 {
+		pub.Servers = append(pub.Servers, netip.MustParseAddr([]string{"fd00:1::1", "fd00:2::1"}[r.IntN(2)]))
+	} else if _, one := oneRange(spansOf(matches)); one && r.IntN(2) == 0 {
+		pub.ServerPort = uint16(1 + r.IntN(40))
+	}
+	x.Action, x.Publication, x.To, x.Refusal = Publish, pub, nil, RefuseAuto
 }
 
 func drawQuestion(r *rand.Rand) Question {
@@ -291,7 +401,7 @@ func drawQuestion(r *rand.Rand) Question {
 
 // Judge, the plain model and the compiled policy say the same.
 func TestRandomPolicies(t *testing.T) {
-	classes := map[Class]int{}
+	classes, published := map[Class]int{}, 0
 	for seed := range uint64(4000) {
 		r := rand.New(rand.NewPCG(seed, 1))
 		m := draw(r)
@@ -307,14 +417,22 @@ func TestRandomPolicies(t *testing.T) {
 		for range 60 {
 			q := drawQuestion(r)
 			want, got := m.judge(q), p.Judge(q)
-			if plain(got) != want {
+			leads := m.server(want, q)
+			if plain(got) != want || got.Server != leads {
 				t.Fatalf("seed %d: %+v:\n got %+v\nwant %+v\n%+v", seed, q, plain(got), want, m)
 			}
-			if class := simulate(t, c, q); class != want.class {
-				t.Fatalf("seed %d: %+v: compiled to %d, want %+v\n%+v\n%+v", seed, q, class, want, m, c)
+			if class, server := simulate(t, c, q); class != want.class || server != leads {
+				t.Fatalf("seed %d: %+v: compiled to %d %v, want %+v\n%+v\n%+v", seed, q, class, server, want, m, c)
 			}
 			classes[want.class]++
+			if leads.IsValid() {
+				published++
+				checkDeciding(t, c, q, leads)
+			}
 		}
+	}
+	if published < 500 {
+		t.Errorf("%d published flows were met only", published)
 	}
 	for class := ClassDrop; class <= ClassAskOpen; class++ {
 		if classes[class] < 500 {
@@ -323,11 +441,28 @@ func TestRandomPolicies(t *testing.T) {
 	}
 }
 
+// checkDeciding proves that what is left of the tables still tells where a
+// published flow is sent.
+func checkDeciding(t *testing.T, c Compiled, q Question, server netip.AddrPort) {
+	t.Helper()
+	tables := c.Forward
+	if q.Is4() {
+		tables = c.Publish
+	}
+	var left []Table
+	for _, x := range tables {
+		left = append(left, x.Deciding(func(b *Box) bool { return b.Publication != 0 }))
+	}
+	if b, hit := lookUp(t, c, left, q); !hit || c.leads(b, q) != server {
+		t.Fatalf("%+v leads to %v of what is left, want %v", q, c.leads(b, q), server)
+	}
+}
+
 // checkStages proves that no two boxes of a stage overlap, and that a box has
 // a reason to stand where it stands: one of the stage before overlaps with it.
 func checkStages(t *testing.T, c Compiled) {
 	t.Helper()
-	for _, tables := range [][]Table{c.Forward, c.Input} {
+	for _, tables := range [][]Table{c.Forward, c.Input, c.Publish} {
 		for _, table := range tables {
 			for k, s := range table.Stages {
 				later := k > 0 && table.Stages[k-1].Is6 == s.Is6 && table.Stages[k-1].Kind == s.Kind

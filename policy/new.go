@@ -42,6 +42,11 @@ func New(networks []Network, netRules []NetworkRule, protocols []Protocol, rules
 	for i := range p.rules {
 		r := &p.rules[i]
 		r.From, r.To = slices.Clone(r.From), slices.Clone(r.To)
+		if r.Publication != nil {
+			own := *r.Publication
+			own.Addresses, own.Servers = slices.Clone(own.Addresses), slices.Clone(own.Servers)
+			r.Publication = &own
+		}
 		r.Protocols, r.Filters = slices.Clone(r.Protocols), slices.Clone(r.Filters)
 	}
 	if err := check(p); err != nil {

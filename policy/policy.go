@@ -71,12 +71,14 @@ type NetworkRule struct {
 	Address netip.Addr
 }
 
-// Action of an access rule. The zero value denies.
+// Action of a rule. The zero value denies.
 type Action uint8
 
 const (
 	Deny Action = iota
 	Allow
+	// Publish lets flows in to a server of the inside; see Publication.
+	Publish
 )
 
 // Refusal is how a denied flow is told.
@@ -97,13 +99,43 @@ type FilterUse struct {
 	Options any // what the filter's ParseOptions returned
 }
 
-// Rule is one access rule.
+// Publication is what a rule with the action Publish says of its server. Its
+// From are those who may come, its Protocols name the external ports, and it has
+// no To.
+type Publication struct {
+	// Addresses are the gateway's own IPv4 addresses at which the server is
+	// reached; none: every one that it has.
+	Addresses []netip.Addr
+	// Servers are the server's addresses, one of a family at the most. IPv4 is
+	// translated; an IPv6 server is reached at its own address.
+	Servers []netip.Addr
+	// ServerPort is where the one range of ports that the rule has begins at
+	// an IPv4 server; 0: ports are kept.
+	ServerPort uint16
+	// FromGateway shows the server an address of the gateway as the source of
+	// its flows, not the client's.
+	FromGateway bool
+}
+
+// Server is the server's address of a family; invalid: it has none.
+func (p *Publication) Server(is6 bool) netip.Addr {
+	for _, a := range p.Servers {
+		if a.Is6() == is6 {
+			return a
+		}
+	}
+	return netip.Addr{}
+}
+
+// Rule is one rule: of access, or one that publishes a server.
 type Rule struct {
 	Name      string
 	Action    Action
 	From, To  []string // network names
 	Protocols []string // protocol names
-	Filters   []FilterUse
+	// Publication is set for Publish, and for nothing else.
+	Publication *Publication
+	Filters     []FilterUse
 	// NoKernelMode takes every flow of the rule over in user space.
 	NoKernelMode bool
 	// FailOpen lets new flows of the rule pass in the kernel, unfiltered, when
@@ -159,6 +191,9 @@ type Verdict struct {
 	Protocol *Protocol
 	// NetworkRule is the one that joins the networks; nil: none.
 	NetworkRule *NetworkRule
+	// Server is where a published flow is sent: its own destination for IPv6.
+	// Invalid: the flow is not published.
+	Server netip.AddrPort
 	// Reverse is true if the flow runs against the direction of NetworkRule.
 	Reverse bool
 	// Filters are those of Rule whose protocol matched this flow.
