@@ -20,6 +20,7 @@ type Gateway interface {
 	SetNoKernelMode(ctx context.Context, rule string, on bool) error
 	Flows(context.Context) ([]Flow, error)
 	Permissions() []Permission
+	Binds() []Bind
 	Sessions() []Session
 	// Disconnect cuts the flows of a session and voids its permissions.
 	// ErrNoSession: there is no such session.

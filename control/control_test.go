@@ -86,6 +86,22 @@ func (g *fakeGateway) Permissions() []Permission {
 	})}
 }
 
+func (g *fakeGateway) Binds() []Bind {
+	return []Bind{BindOf(engine.PermissionInfo{
+		Permission: nat.Permission{
+			ID: 7, Direction: nat.Inbound, Proto: flow.UDP, Client: netip.MustParseAddrPort("10.0.0.2:5000"), Leaves: "internet",
+			External: netip.MustParseAddrPort("203.0.113.1:61000"), Multiple: true, Sources: []netip.Prefix{netip.MustParsePrefix("203.0.113.10/32")},
+		},
+		State: "armed", Path: "kernel", Rule: "maps", Protocol: "pcp", Session: 3, By: "pcp", User: "ann",
+		Owner: netip.MustParseAddr("10.0.0.2"), Expires: time.Unix(1700000000, 0).UTC(),
+	}), BindOf(engine.PermissionInfo{
+		Permission: nat.Permission{
+			ID: 8, Direction: nat.Local, Proto: flow.TCP, External: netip.MustParseAddrPort("203.0.113.1:61002"), AnySource: true,
+		},
+		State: "discarding", By: "socks",
+	})}
+}
+
 func (g *fakeGateway) Sessions() []Session {
 	return []Session{SessionOf(engine.SessionInfo{
 		ID: 3, Client: netip.MustParseAddr("10.0.0.2"), User: "ann", Private: true, Since: time.Unix(1700000000, 0).UTC(),
@@ -178,6 +194,8 @@ func TestShapes(t *testing.T) {
 		"/permissions": `[{"id":6,"state":"used","direction":"redirect","proto":"tcp","client":"10.0.0.2","target":"203.0.113.10:80","via":"10.0.0.1:61000","source":"203.0.113.2:0","multiple":false,"notify":true,"path":"asked","rule":"ftp","protocol":"ftp","session":3,"flows":1,"living":[{"src":"10.0.0.2:40000","dst":"10.0.0.1:61000"}]},` +
 			`{"id":8,"state":"waiting","direction":"inbound","proto":"udp","client":"","external":"203.0.113.1:61002","multiple":false,"one_way":true,"address_based":true,"path":"kernel","rule":"","session":3,"flows":0},` +
 			`{"id":7,"state":"armed","direction":"inbound","proto":"tcp","client":"10.0.0.2:5000","external":"203.0.113.1:61000","sources":["any"],"multiple":false,"path":"user","rule":"ftp","session":3,"flows":0}]`,
+		"/binds": `[{"id":7,"state":"allowed","proto":"udp","external":"203.0.113.1:61000","client":"10.0.0.2:5000","by":"pcp","sources":["203.0.113.10/32"],"multiple":true,"same_source":true,"rule":"maps","protocol":"pcp","session":3,"owner":"10.0.0.2","user":"ann","flows":0,"expires":"2023-11-14T22:13:20Z"},` +
+			`{"id":8,"state":"discarding","proto":"tcp","external":"203.0.113.1:61002","by":"socks","sources":["any"],"multiple":false,"socket":true,"flows":0}]`,
 		"/sessions": `[{"id":3,"client":"10.0.0.2","user":"ann","kind":"private","since":"2023-11-14T22:13:20Z","flows":2,"permissions":1,"filters":["ftp"]}]`,
 	} {
 		resp, err := client.Get("http://gateway" + url)

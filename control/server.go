@@ -120,6 +120,7 @@ func routes(g Gateway) http.Handler {
 		reply(w, f, err)
 	})
 	m.HandleFunc("GET /permissions", func(w http.ResponseWriter, _ *http.Request) { reply(w, g.Permissions(), nil) })
+	bindRoutes(m, g)
 	sessionRoutes(m, g)
 	m.HandleFunc("GET /counters", func(w http.ResponseWriter, _ *http.Request) { reply(w, g.Counters(), nil) })
 	m.HandleFunc("POST /reload", func(w http.ResponseWriter, r *http.Request) { reply(w, struct{}{}, g.Reload(r.Context())) })

@@ -62,6 +62,11 @@ func (e *Engine) Permissions() []PermissionInfo {
 	return out
 }
 
+// Binds lists the external addresses that are held for clients, by age.
+func (e *Engine) Binds() []PermissionInfo {
+	return slices.DeleteFunc(e.Permissions(), func(i PermissionInfo) bool { return !i.Bind })
+}
+
 // info describes a permission; false: it waits no more and has no flow.
 func (p *permission) info() (PermissionInfo, bool) {
 	filtered := p.filtered()
