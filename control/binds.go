@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/sluicegw/sluice/engine"
-	"github.com/sluicegw/sluice/nat"
 )
 
 // Bind is an external address that the gateway holds for a client, as `gateway
@@ -46,7 +45,7 @@ type Bind struct {
 func BindOf(i engine.PermissionInfo) Bind {
 	b := Bind{
 		ID: i.ID, State: i.State, Proto: i.Proto.String(), External: addr(i.External), Client: addr(i.Client), By: i.By,
-		Sources: []string{}, Multiple: i.Multiple, OneWay: i.OneWay, SameSource: i.Leaves != "", Socket: i.Direction == nat.Local,
+		Sources: []string{}, Multiple: i.Multiple, OneWay: i.OneWay, SameSource: i.Leaves != "", Socket: i.Socket,
 		Rule: i.Rule, Protocol: i.Protocol, Session: i.Session, User: i.User, Flows: i.Flows,
 	}
 	if i.Owner.IsValid() {

@@ -98,7 +98,7 @@ func (g *fakeGateway) Binds() []Bind {
 		Permission: nat.Permission{
 			ID: 8, Direction: nat.Local, Proto: flow.TCP, External: netip.MustParseAddrPort("203.0.113.1:61002"), AnySource: true,
 		},
-		State: "discarding", By: "socks",
+		State: "discarding", By: "socks", Socket: true,
 	})}
 }
 

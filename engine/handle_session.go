@@ -69,6 +69,11 @@ func (h *sessionHandle) AttachFilter(name string) error {
 // HostAccessCheck implements filterapi.Session.
 func (h *sessionHandle) HostAccessCheck(a filterapi.HostAccess) error { return h.s.HostAccessCheck(a) }
 
+// ExternalAddr implements filterapi.Session.
+func (h *sessionHandle) ExternalAddr(protocol string) (netip.Addr, error) {
+	return h.s.ExternalAddr(protocol)
+}
+
 // Network implements filterapi.Session.
 func (h *sessionHandle) Network() filterapi.Network { return h.s.e.network(h.s) }
 

@@ -30,6 +30,8 @@ type PermissionInfo struct {
 	Path string
 	// Bind: an external address that the gateway holds for the client.
 	Bind bool
+	// Socket: its end is a socket of the gateway.
+	Socket bool
 	// AddressBased: every session of the owner's address may use it.
 	AddressBased bool
 	// Notify: a filter hears of each connection that stands.
@@ -75,7 +77,7 @@ func (p *permission) info() (PermissionInfo, bool) {
 	i := PermissionInfo{
 		Permission: p.Permission, Session: p.session.id, Owner: p.session.addr, Protocol: p.standing.protocol,
 		AddressBased: p.addressBased, Notify: p.notify != nil, Expires: p.expiry, Flows: p.flows, State: "used",
-		Path: p.path(filtered), By: p.by, User: p.session.User(), Bind: p.object != nil,
+		Path: p.path(filtered), By: p.by, User: p.session.User(), Bind: p.object != nil, Socket: p.Direction == nat.Local,
 	}
 	if p.standing.rule != nil {
 		i.Rule = p.standing.rule.Name

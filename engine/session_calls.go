@@ -128,6 +128,29 @@ func (s *session) HostAccessCheck(a filterapi.HostAccess) error {
 	return nil
 }
 
+// ExternalAddr is where a bind without a primary connection is opened.
+func (s *session) ExternalAddr(protocol string) (netip.Addr, error) {
+	fail := func(err error) (netip.Addr, error) {
+		return netip.Addr{}, fmt.Errorf("external address of %v: %w", s.addr, err)
+	}
+	if !s.lives() {
+		return fail(filterapi.ErrTerminating)
+	}
+	n := filterapi.Negotiated{Protocol: protocol, Proto: flow.UDP}
+	t, err := s.checkCall(n, 0, netip.AddrPort{})
+	if err != nil {
+		return fail(err)
+	}
+	addr, hidden, err := s.behind(filterapi.Bind{Negotiated: n}, t)
+	switch {
+	case err != nil:
+		return fail(err)
+	case !hidden:
+		return s.addr, nil
+	}
+	return addr, nil
+}
+
 // ruling asks the rules about a flow, by its ports or as part of a protocol.
 func (e *Engine) ruling(t flow.Tuple, protocol string) error {
 	_, err := e.judge(basis{tuple: t, protocol: protocol})

@@ -95,6 +95,7 @@
 //	  HostAccessCheck                     Session.HostAccessCheck, HostAccess
 //	    FWX_FLAG_USE_MIME, FWX_FLAG_USE_EXTENTION     absent (6)
 //	    FWX_FLAG_CHECK_PUBLISHING         absent (7)
+//	  none                                Session.ExternalAddr
 //	  AttachFilter                        Session.AttachFilter, by name
 //	  CreateNetworkSocket                 Session.Network
 //	  AllowFutureConnect                  Session.AllowFutureConnect, FutureConnect

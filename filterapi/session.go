@@ -101,6 +101,14 @@ type Session interface {
 	// connection, and changes nothing. nil: it may; ErrPolicyDenied,
 	// ErrNetworkDenied, ErrInvalidArgument.
 	HostAccessCheck(HostAccess) error
+	// ExternalAddr is where BindForClient opens a bind that has neither a
+	// primary connection nor an address of its own to ask for: at the gateway's
+	// address that hides the client, or, where nothing is translated, at the
+	// client's own. It changes nothing. protocol is the protocol definition by
+	// which the access rules are asked. ErrPolicyDenied, ErrNetworkDenied,
+	// ErrInvalidArgument (no such protocol, or nothing tells the address),
+	// ErrTerminating.
+	ExternalAddr(protocol string) (netip.Addr, error)
 	// Network makes sockets of the gateway that belong to this session and to
 	// which the access rules apply as if the client had made them.
 	Network() Network

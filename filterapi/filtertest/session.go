@@ -237,6 +237,24 @@ func (s *session) HostAccessCheck(q filterapi.HostAccess) error {
 	return s.gateway.Access(s.addr, q)
 }
 
+// ExternalAddr implements filterapi.Session.
+func (s *session) ExternalAddr(protocol string) (netip.Addr, error) {
+	g := s.gateway
+	if !s.lives() {
+		return netip.Addr{}, filterapi.ErrTerminating
+	}
+	if protocol == "" {
+		return netip.Addr{}, fmt.Errorf("external address: %w", filterapi.ErrInvalidArgument)
+	}
+	if err := g.access(s.addr, protocol, flow.UDP, netip.AddrPort{}); err != nil {
+		return netip.Addr{}, fmt.Errorf("external address: %w", err)
+	}
+	if !g.hidden(s.addr) {
+		return s.addr, nil
+	}
+	return g.external(s.addr), nil
+}
+
 // Network implements filterapi.Session.
 func (s *session) Network() filterapi.Network { return s.gateway.network(s) }
 

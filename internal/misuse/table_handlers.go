@@ -138,6 +138,26 @@ func sessionTable() []example {
 		do("HostAccessCheck by port", nil, ask(filterapi.HostAccess{Proto: flow.TCP, Target: server})),
 		do("HostAccessCheck, not allowed", filterapi.ErrPolicyDenied, ask(filterapi.HostAccess{Proto: flow.TCP, Target: netip.AddrPortFrom(server.Addr(), 9)})),
 		do("HostAccessCheck, unknown protocol", bad, ask(filterapi.HostAccess{Protocol: "no-such-protocol", Target: server})),
+		do("ExternalAddr", nil, func(s *scene) error {
+			a, err := s.session.ExternalAddr(s.protocol)
+			if err == nil && a != outside {
+				return errors.New("another address: " + a.String())
+			}
+			return err
+		}),
+		do("ExternalAddr, unknown protocol", bad, func(s *scene) error {
+			_, err := s.session.ExternalAddr("no-such-protocol")
+			return err
+		}),
+		do("ExternalAddr, no protocol", bad, func(s *scene) error {
+			_, err := s.session.ExternalAddr("")
+			return err
+		}),
+		do("ExternalAddr of a session that is over", filterapi.ErrTerminating, func(s *scene) error {
+			s.Disconnect(client.Addr())
+			_, err := s.session.ExternalAddr(s.protocol)
+			return err
+		}),
 		do("HostAccessCheck, at all", nil, ask(filterapi.HostAccess{Protocol: "its own", Target: netip.MustParseAddrPort("0.0.0.0:0")})),
 		do("HostAccessCheck, anywhere by port", bad, ask(filterapi.HostAccess{Proto: flow.TCP, Target: netip.MustParseAddrPort("0.0.0.0:80")})),
 		do("HostAccessCheck, no target", bad, ask(filterapi.HostAccess{Protocol: "its own"})),
