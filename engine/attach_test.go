@@ -38,6 +38,32 @@ func (u *fakeUser) Originate(_ context.Context, t *Takeover) error {
 	return nil
 }
 
+func (u *fakeUser) Connect(_ context.Context, t *Takeover) (Joint, error) {
+	u.carried = append(u.carried, t)
+	if u.refuse != nil {
+		t.Ended(flow.Counts{}, flow.Refused, u.refuse.Error())
+		return nil, u.refuse
+	}
+	t.Connected(netip.MustParseAddrPort("203.0.113.1:33000"), t.Dial.Target)
+	return fakeJoint{t}, nil
+}
+
+func (u *fakeUser) Receive(t *Takeover, conn net.Conn) (Joint, error) {
+	u.carried = append(u.carried, t)
+	t.Connected(t.Tuple.Dst, t.Tuple.Src)
+	go func() {
+		<-t.Killed()
+		_ = conn.Close()
+	}()
+	return fakeJoint{t}, nil
+}
+
+// fakeJoint is a flow that waits for its client.
+type fakeJoint struct{ t *Takeover }
+
+func (j fakeJoint) Carry(net.Conn) error { j.t.Established(); return nil }
+func (j fakeJoint) Close()               { j.t.Ended(flow.Counts{}, flow.Failed, "not carried") }
+
 func (u *fakeUser) Dial(ctx context.Context, _ flow.Proto, _, to netip.AddrPort) (net.Conn, error) {
 	u.dialled = append(u.dialled, to)
 	near, far := net.Pipe()

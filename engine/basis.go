@@ -19,6 +19,8 @@ type basis struct {
 	// protocol is the definition by whose name they are asked; empty: by the
 	// ports.
 	protocol string
+	// user is that of the session; empty: it has none.
+	user string
 }
 
 // standing is what the rules said of it.
@@ -36,7 +38,7 @@ func (c *connection) basis() basis {
 	case c.bind != nil:
 		return c.bind.currentBasis()
 	}
-	return basis{tuple: c.tuple, inIface: c.inIface}
+	return basis{tuple: c.tuple, inIface: c.inIface, protocol: c.asked, user: c.session.user}
 }
 
 // judge asks the rules in force. The error says why not, in the words of the
@@ -66,9 +68,11 @@ func (e *Engine) judge(b basis) (policy.Verdict, error) {
 
 func (e *Engine) ask(b basis) (policy.Question, error) {
 	if b.tuple.Dst.IsValid() {
-		return e.question(b.tuple, b.inIface)
+		q, err := e.question(b.tuple, b.inIface)
+		q.User = b.user
+		return q, err
 	}
-	q := policy.Question{Tuple: b.tuple, InIface: b.inIface}
+	q := policy.Question{Tuple: b.tuple, InIface: b.inIface, User: b.user}
 	var err error
 	if q.InIface == "" {
 		q.InIface, _, _, err = e.routes.Lookup(b.tuple.Src.Addr())

@@ -114,6 +114,9 @@ func (p *permission) allow(a filterapi.AllowBind, b basis, stands standing, watc
 	p.setSources(p.filter)
 	p.OneWay = a.Proto == flow.UDP && a.Flags&filterapi.Bidirectional == 0
 	p.burst = a.Flags&filterapi.IncreaseReceiveBuffer != 0
+	if p.burst && p.deepen != nil {
+		p.deepen()
+	}
 	p.forced = p.forced || stands.rule.NoKernelMode
 	p.ToUser = p.ToUser || p.forced || watched
 	return before, false, nil

@@ -98,23 +98,9 @@ func (s *session) own(a netip.Addr) bool {
 // are asked at the call; use is not checked again. target, if valid, is what
 // they are asked about where there is no primary connection.
 func (s *session) checkCall(n filterapi.Negotiated, allowed filterapi.Flags, target netip.AddrPort) (terms, error) {
-	t := terms{context: n.Context}
-	switch {
-	case !n.Proto.HasPorts():
-		return t, fmt.Errorf("protocol %v: %w", n.Proto, filterapi.ErrInvalidArgument)
-	case n.Flags&^allowed != 0:
-		return t, fmt.Errorf("flags 0x%x: %w", n.Flags&^allowed, filterapi.ErrInvalidArgument)
-	case n.Proto != flow.UDP && n.Flags&udpFlags != 0:
-		return t, fmt.Errorf("flags 0x%x are for UDP: %w", n.Flags&udpFlags, filterapi.ErrInvalidArgument)
-	case n.Expiry < 0:
-		return t, fmt.Errorf("expiry %v: %w", n.Expiry, filterapi.ErrInvalidArgument)
-	}
-	if n.Notify != nil {
-		h, ok := s.listener(n.Notify)
-		if !ok {
-			return t, fmt.Errorf("a session filter that is not attached to this session: %w", filterapi.ErrInvalidArgument)
-		}
-		t.notify = &h
+	var t terms
+	if err := s.checkNegotiated(n, allowed, &t); err != nil {
+		return t, err
 	}
 	if err := s.stand(&t, n, target); err != nil {
 		return t, err
@@ -138,13 +124,36 @@ func (s *session) checkCall(n filterapi.Negotiated, allowed filterapi.Flags, tar
 	return t, nil
 }
 
+// checkNegotiated checks what the rules have no part in.
+func (s *session) checkNegotiated(n filterapi.Negotiated, allowed filterapi.Flags, t *terms) error {
+	t.context = n.Context
+	switch {
+	case !n.Proto.HasPorts():
+		return fmt.Errorf("protocol %v: %w", n.Proto, filterapi.ErrInvalidArgument)
+	case n.Flags&^allowed != 0:
+		return fmt.Errorf("flags 0x%x: %w", n.Flags&^allowed, filterapi.ErrInvalidArgument)
+	case n.Proto != flow.UDP && n.Flags&udpFlags != 0:
+		return fmt.Errorf("flags 0x%x are for UDP: %w", n.Flags&udpFlags, filterapi.ErrInvalidArgument)
+	case n.Expiry < 0:
+		return fmt.Errorf("expiry %v: %w", n.Expiry, filterapi.ErrInvalidArgument)
+	}
+	if n.Notify != nil {
+		h, ok := s.listener(n.Notify)
+		if !ok {
+			return fmt.Errorf("a session filter that is not attached to this session: %w", filterapi.ErrInvalidArgument)
+		}
+		t.notify = &h
+	}
+	return nil
+}
+
 // stand finds what the flows of a permission stand on.
 func (s *session) stand(t *terms, n filterapi.Negotiated, target netip.AddrPort) error {
 	if n.Primary == nil {
 		if n.Protocol == "" {
 			return fmt.Errorf("neither a primary connection nor a protocol: %w", filterapi.ErrInvalidArgument)
 		}
-		t.basis = basis{tuple: flow.Tuple{Proto: n.Proto, Src: netip.AddrPortFrom(s.addr, 0), Dst: target}, protocol: n.Protocol}
+		t.basis = basis{tuple: flow.Tuple{Proto: n.Proto, Src: netip.AddrPortFrom(s.addr, 0), Dst: target}, protocol: n.Protocol, user: s.user}
 		t.protocol = n.Protocol
 		return nil
 	}

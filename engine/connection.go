@@ -36,6 +36,12 @@ type connection struct {
 
 	internalTranslation bool // its server sees the gateway's own address
 
+	// explicit: the client asked the gateway for it, and has a connection to
+	// that. done is closed when it is over.
+	explicit bool
+	done     chan struct{}
+	asked    string // the protocol by which the rules were asked; empty: by the ports
+
 	mu        sync.Mutex
 	handler   *registered         // the filter whose handler runs; nil: none
 	handling  filterapi.EventMask // what it handles

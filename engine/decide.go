@@ -196,6 +196,9 @@ func (e *Engine) takeOver(c *connection) Decision {
 	t := &Takeover{Tuple: c.tuple, flow: c, kill: make(chan struct{})}
 	emulated, _ := c.state()
 	switch {
+	case c.inbound() && c.explicit:
+		t.InitiatorExternal = true
+		t.Dial = Dial{Proto: c.tuple.Proto, Target: c.perm.client()} // it has dialled itself
 	case c.inbound():
 		t.InitiatorExternal = true
 		t.Dial = Dial{Proto: c.tuple.Proto, Target: c.perm.client(), Source: c.tuple.Src, Transparent: true}
@@ -232,6 +235,10 @@ func (e *Engine) upstream(c *connection) Dial {
 	to := c.tuple
 	to.Dst = c.target()
 	d := Dial{Proto: to.Proto, Target: to.Dst, Source: to.Src, Transparent: true}
+	if c.explicit {
+		// Its client's packets end at the gateway, whose own address is as good.
+		d.Source, d.Transparent = netip.AddrPort{}, false
+	}
 	if c.perm != nil && c.perm.Source.IsValid() {
 		d.Source, d.Transparent = c.perm.Source, false
 		return d

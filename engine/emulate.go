@@ -55,6 +55,8 @@ func (c *connection) emulateForBind(r *registered) error {
 		return filterapi.ErrBadContext
 	case c.emulated:
 		return filterapi.ErrAlreadyEmulated
+	case c.bind.atSocket():
+		return filterapi.ErrNotSupported // its client asked for a socket
 	}
 	c.setEmulated(r, true)
 	return nil

@@ -30,6 +30,9 @@ func (e *Engine) over(c *connection, end flow.End) {
 		end.Start = end.Stop // its end was heard before its beginning
 	}
 	e.record(end, about{rule: c.rule, protocol: c.protocol, session: c.session, secondary: c.secondary, perm: c.perm})
+	if c.done != nil {
+		close(c.done)
+	}
 	if c.perm != nil {
 		e.settle(c)
 	}
@@ -167,6 +170,9 @@ func (e *Engine) record(end flow.End, a about) {
 	}
 	if a.session != nil {
 		f = append(f, zap.Uint64("session", a.session.id))
+		if a.session.user != "" {
+			f = append(f, zap.String("user", a.session.user))
+		}
 	}
 	if a.secondary {
 		f = append(f, zap.Bool("secondary", true))

@@ -20,6 +20,9 @@ const DefaultQuota = 64
 // DefaultAnswer is how long a call waits for the filters that it asks.
 const DefaultAnswer = 800 * time.Millisecond
 
+// DefaultPeerIdle is how long a UDP peer of an explicit client is remembered.
+const DefaultPeerIdle = 120 * time.Second
+
 // Config is what an Engine is made of.
 type Config struct {
 	Policy *policy.Policy
@@ -43,6 +46,9 @@ type Config struct {
 	// LeakDelay is how long a filter may hold on to a connection that is over
 	// before the log names it; 0: DefaultLeakDelay.
 	LeakDelay time.Duration
+	// PeerIdle ends the flow of a UDP peer of an explicit client that has carried
+	// nothing for that long; 0: DefaultPeerIdle.
+	PeerIdle time.Duration
 	// Now is the clock; nil: time.Now.
 	Now func() time.Time
 }
@@ -57,6 +63,7 @@ type Engine struct {
 	kernelPorts portRange
 	quota       int
 	answer      time.Duration
+	idle        time.Duration // of UDP peers
 	log         *zap.Logger
 	now         func() time.Time
 	filters     []*registered
@@ -101,13 +108,16 @@ func New(c Config) (*Engine, error) {
 	}
 	e := &Engine{
 		kernel: c.Kernel, user: c.User, routes: c.Routes, ports: c.Ports, kernelPorts: portRange(c.KernelPorts),
-		quota: c.Quota, answer: c.Answer, log: c.Log, now: c.Now,
+		quota: c.Quota, answer: c.Answer, idle: c.PeerIdle, log: c.Log, now: c.Now,
 	}
 	if e.quota == 0 {
 		e.quota = DefaultQuota
 	}
 	if e.answer == 0 {
 		e.answer = DefaultAnswer
+	}
+	if e.idle == 0 {
+		e.idle = DefaultPeerIdle
 	}
 	if e.now == nil {
 		e.now = time.Now

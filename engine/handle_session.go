@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"sync/atomic"
@@ -135,6 +136,21 @@ func (h *sessionHandle) EmulateClientBind(b filterapi.EmulatedBind) (filterapi.C
 		return nil, err
 	}
 	return c.handle(h.r), nil
+}
+
+// ConnectForClient implements filterapi.Session.
+func (h *sessionHandle) ConnectForClient(ctx context.Context, c filterapi.Connect) (filterapi.Leg, error) {
+	h.used("ConnectForClient")
+	return h.s.connectForClient(ctx, h.r, c)
+}
+
+// ListenForClient implements filterapi.Session.
+func (h *sessionHandle) ListenForClient(b filterapi.Bind) (filterapi.ClientListener, error) {
+	h.used("ListenForClient")
+	if err := h.checkObjects(b.Negotiated); err != nil {
+		return nil, fmt.Errorf("listen for client: %w", err)
+	}
+	return h.s.listenForClient(h.r, b)
 }
 
 // listener finds the part of a filter in a session by its session filter.

@@ -42,6 +42,27 @@ type User interface {
 	Dial(ctx context.Context, p flow.Proto, from, to netip.AddrPort) (net.Conn, error)
 	Listen(at netip.AddrPort) (net.Listener, error)
 	ListenPacket(at netip.AddrPort) (net.PacketConn, error)
+	// Connect carries a takeover whose initiator has a connection to the
+	// gateway: it dials t.Dial, or nobody if t is Emulated, and returns when
+	// that stands, or why it does not. The flow goes on when its Joint gets the
+	// initiator's connection. It owns the takeover as Originate does.
+	Connect(ctx context.Context, t *Takeover) (Joint, error)
+	// Receive carries a takeover whose initiator has connected to a socket of
+	// Listen, and whose far end has a connection to the gateway. It owns the
+	// takeover and conn.
+	Receive(t *Takeover, conn net.Conn) (Joint, error)
+}
+
+// Joint is a TCP flow that has one end and waits for the other, half a minute
+// at the most. Safe for concurrent use.
+type Joint interface {
+	// Carry gives it the other end: a connection that a socket of User.Listen
+	// accepted, which belongs to the flow from the call on, also after an error.
+	// filterapi.ErrInvalidArgument: another connection, or the second one;
+	// filterapi.ErrTerminating: the flow is over.
+	Carry(conn net.Conn) error
+	// Close ends the flow if it has not got its other end.
+	Close()
 }
 
 // Routes answers where an address is reached. kernelpath implements it.

@@ -73,7 +73,7 @@ func (s *session) mayDial(t flow.Tuple) (*permission, error) {
 			return p, nil
 		}
 	}
-	return nil, s.e.ruling(t, "")
+	return nil, s.ruling(t, "")
 }
 
 // sessionSocket is what a session has open on the network.
@@ -104,7 +104,7 @@ func (c *socket) Close() error {
 // ruling implements sessionSocket: a permission may have let it be.
 func (c *socket) ruling() error {
 	if c.perm == nil {
-		return c.s.e.ruling(c.tuple, "")
+		return c.s.ruling(c.tuple, "")
 	}
 	if !c.s.e.stands(c.perm) {
 		return filterapi.ErrPolicyDenied

@@ -117,7 +117,7 @@ func (r *restricted) tuple() flow.Tuple {
 }
 
 // ruling implements sessionSocket.
-func (r *restricted) ruling() error { return r.e.ruling(r.tuple(), "") }
+func (r *restricted) ruling() error { return r.s.ruling(r.tuple(), "") }
 
 // SetIPFilter implements filterapi.Restrictable. After an error nobody may
 // come.
@@ -233,7 +233,7 @@ func (c *packetConn) maySend(to net.Addr) error {
 	if known {
 		return nil
 	}
-	if err := c.e.ruling(flow.Tuple{Proto: flow.UDP, Src: netip.AddrPortFrom(c.s.addr, 0), Dst: peer}, ""); err != nil {
+	if err := c.s.ruling(flow.Tuple{Proto: flow.UDP, Src: netip.AddrPortFrom(c.s.addr, 0), Dst: peer}, ""); err != nil {
 		return err
 	}
 	c.last.Lock()

@@ -36,7 +36,9 @@ type permission struct {
 	notify  *hearer         // hears of established flows; nil: nobody
 	context any             // for it
 
-	addressBased bool // it belongs to the client's address, not to the session
+	addressBased bool          // it belongs to the client's address, not to the session
+	deepen       func()        // makes room for a burst at its socket; nil: it has none, or no need
+	gone         chan struct{} // closed when a bind whose end is a socket of the gateway lets nobody in any more; nil: another one
 
 	by string // the filter that asked for it; else what of the configuration
 
@@ -97,7 +99,12 @@ func (p *permission) forSocketsAlone() bool {
 	return p.session.private && p.Direction == nat.Outbound && !p.Via.IsValid() && !p.addressBased
 }
 
-func (p *permission) inbound() bool { return p.Direction == nat.Inbound }
+// inbound says whether it is a bind; what it lets in goes to a client, or to a
+// socket of the gateway's that serves a client.
+func (p *permission) inbound() bool { return p.Direction != nat.Outbound }
+
+// atSocket says whether its end is a socket of the gateway.
+func (p *permission) atSocket() bool { return p.Direction == nat.Local }
 
 func (p *permission) ipFilter() *filterapi.IPFilter {
 	p.mu.Lock()
@@ -149,13 +156,18 @@ func (p *permission) wanted() (inKernel, nat.Permission) {
 		out.Timeout = p.left()
 	}
 	out.OneWay = p.OneWay && !p.ToUser // else user space sees to it
+	if p.atSocket() {
+		// Whoever has the socket sees to all that, and counts the uses: a peer
+		// whose handshake never ends uses up nothing.
+		out.OneWay, out.ToUser, out.Multiple = false, false, true
+	}
 	if !p.granted || p.emulated || p.forSocketsAlone() {
 		return holdsNothing, out
 	}
 	if p.state == permWaiting && !p.shut() && (!p.inbound() || p.AnySource || len(p.Sources) > 0) {
 		return holdsOpening, out
 	}
-	if p.flows == 0 {
+	if p.flows == 0 || p.atSocket() {
 		return holdsNothing, out
 	}
 	// Nobody new comes in. What a flow on its way may need stays.
@@ -196,6 +208,9 @@ func (p *permission) endLocked(to permState) bool {
 	p.state, p.late, p.expiry = to, to == permVoid, time.Time{}
 	if p.timer != nil {
 		p.timer.Stop()
+	}
+	if p.gone != nil {
+		close(p.gone)
 	}
 	return true
 }

@@ -104,7 +104,7 @@ func (p *permission) info() (PermissionInfo, bool) {
 // p.mu is held.
 func (p *permission) path(filtered bool) string {
 	switch {
-	case p.emulated || p.forSocketsAlone():
+	case p.emulated || p.atSocket() || p.forSocketsAlone():
 		return "user" // a socket of the gateway is the flow's one end
 	case !p.ToUser:
 		return "kernel"

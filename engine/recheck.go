@@ -107,6 +107,7 @@ type FlowInfo struct {
 	Rule        string
 	Protocol    string
 	Session     uint64 // the owner; 0: user space never saw it
+	User        string // of the owner; empty: it has none
 	Secondary   bool
 	Permission  uint64 // that let it in; 0: none
 	Start       time.Time
@@ -126,7 +127,7 @@ func (c *connection) info() FlowInfo {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	i := FlowInfo{
-		Tuple: c.tuple, Path: c.path, Protocol: c.protocol, Session: c.session.id,
+		Tuple: c.tuple, Path: c.path, Protocol: c.protocol, Session: c.session.id, User: c.session.user,
 		Secondary: c.secondary, Start: c.start,
 	}
 	if c.rule != nil {

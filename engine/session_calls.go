@@ -122,7 +122,7 @@ func (s *session) HostAccessCheck(a filterapi.HostAccess) error {
 		}
 		t.Dst = netip.AddrPort{} // anybody
 	}
-	if err := s.e.ruling(t, a.Protocol); err != nil {
+	if err := s.ruling(t, a.Protocol); err != nil {
 		return fmt.Errorf("host access check of %v: %w", a.Target, err)
 	}
 	return nil
@@ -151,8 +151,9 @@ func (s *session) ExternalAddr(protocol string) (netip.Addr, error) {
 	return addr, nil
 }
 
-// ruling asks the rules about a flow, by its ports or as part of a protocol.
-func (e *Engine) ruling(t flow.Tuple, protocol string) error {
-	_, err := e.judge(basis{tuple: t, protocol: protocol})
+// ruling asks the rules about a flow of the session, by its ports or as part of
+// a protocol.
+func (s *session) ruling(t flow.Tuple, protocol string) error {
+	_, err := s.e.judge(basis{tuple: t, protocol: protocol, user: s.user})
 	return err
 }

@@ -105,6 +105,8 @@
 //	  RetroactiveAllowBind                Session.RetroactiveAllowBind, AllowBind
 //	  SetDataFilterFactory                Session.SetDataFilterFactory, DataFilterFactory
 //	  EmulateClientBind                   Session.EmulateClientBind, EmulatedBind
+//	none                                  Session.ConnectForClient, Leg
+//	none                                  Session.ListenForClient, ClientListener
 //	  ProxyExternalAddress, ProxyAddress  Redirect.External, FutureConnect.External, Bind.External
 //	  pSessionFilter, punkContext         Negotiated.Notify, Negotiated.Context
 //	  pConnection                         Negotiated.Primary
@@ -233,9 +235,9 @@
 //     be announced.
 //  3. Only an agent on the client asked the gateway for names. A transparent
 //     client has its own resolver, and a filter has package net.
-//  4. Rules know addresses, not users: the name of a private session is for
-//     the log. A filter that wants TLS or RADIUS brings a library, and runs it
-//     over the connections of Network.
+//  4. Who a user is, the filter finds out that asks him; the name of its
+//     private session is what rules know. One that wants TLS or RADIUS brings a
+//     library, and runs it over the connections of Network.
 //  5. Only an agent on the client told it.
 //  6. Rules have no content types.
 //  7. These belong to publishing, the rules for servers inside, which are not

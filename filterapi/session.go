@@ -1,6 +1,7 @@
 package filterapi
 
 import (
+	"context"
 	"net/netip"
 	"time"
 
@@ -89,7 +90,9 @@ type Session interface {
 	ID() uint64
 	// ClientAddr is the client's address.
 	ClientAddr() netip.Addr
-	// User is the name that a private session was made with, else empty.
+	// User is the name that a private session was made with, else empty. Rules
+	// may be for users: they match what such a session asks for, and no flow that
+	// passes through the gateway by itself.
 	User() string
 	// Flags tells what kind of session it is, and whether it has ended.
 	Flags() SessionFlags
@@ -173,6 +176,33 @@ type Session interface {
 	// permission for the same client and target has its connections leave from
 	// an address of its own).
 	SetDataFilterFactory(DataFilterFactory) (Action, error)
+
+	// ConnectForClient connects in the name of a client that has asked the
+	// caller to, in a private session. A permission of the session for the
+	// target lets it through; else the access rules and network rules are asked,
+	// for the client's address, the session's user and the target. Filters get
+	// the ConnectEvent, while nobody has been dialled. Then the target is dialled,
+	// from the address that the network rule hides the client behind; where it
+	// hides nobody, and for IPv6, from the one of the gateway that the route
+	// prefers, never from the client's own. A filter may play the server
+	// (EmulateForConnect), and nobody is dialled. ctx bounds all of it. On an
+	// error there is nothing left of the flow but its record in the log.
+	// Errors: ErrInvalidArgument, ErrNotSupported (the session is not private),
+	// ErrTerminating, ErrPolicyDenied (by the rules, or by a filter),
+	// ErrNetworkDenied, or the network's own: ECONNREFUSED, EHOSTUNREACH,
+	// ENETUNREACH, ETIMEDOUT.
+	ConnectForClient(ctx context.Context, c Connect) (Leg, error)
+
+	// ListenForClient opens an address of the gateway's outside for a client
+	// that has asked the caller to, in a private session. It is BindForClient,
+	// but the end of the bind is a socket of the gateway, from which the caller
+	// serves the client: also on a routed path and for IPv6 the address is the
+	// gateway's. Clients is one address: where the client asked from, or, while
+	// nobody can say that yet, the zero value, which waits for SetClientAddress.
+	// With Discarding the bind never fails because of the rules, and discards.
+	// The caller closes the result. Events, flags and errors are those of
+	// BindForClient; ErrNotSupported: the session is not private.
+	ListenForClient(Bind) (ClientListener, error)
 
 	// EmulateClientBind makes a bind that a filter emulates: the events of a
 	// bind are raised, nothing is opened, and EmulateConnection on the result

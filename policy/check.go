@@ -206,6 +206,14 @@ func (c *checker) rule(r *Rule) {
 	if r.Action == Deny && r.FailOpen {
 		c.add("fail", -1, "a rule that denies has no way to fail open")
 	}
+	for i, name := range r.Users {
+		switch {
+		case name == "":
+			c.add("users", i, "a user without a name")
+		case slices.Contains(r.Users[:i], name):
+			c.add("users", i, "user %q stands there twice", name)
+		}
+	}
 	c.userSpace(r)
 }
 

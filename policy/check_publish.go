@@ -15,6 +15,9 @@ func (c *checker) publication(r *Rule) {
 		}
 		return
 	}
+	if len(r.Users) > 0 {
+		c.add("users", -1, "who comes from outside has not said who he is")
+	}
 	if len(r.To) > 0 {
 		c.add("to", -1, "a rule that publishes has a server instead")
 	}

@@ -243,6 +243,9 @@ func (c *compiler) input(f, in int) {
 // one of the networks to.
 func (c *compiler) rule(f, n, in int, to []bool, regions []region) {
 	r, cells := &c.Policy.rules[n], &c.rules[n]
+	if len(r.Users) > 0 {
+		return // what the kernel sees has no user
+	}
 	if r.Action == Publish {
 		c.pinhole(f, n, in, regions)
 		return

@@ -39,6 +39,7 @@ func (c *compiler) publish(in int) {
 		r := &c.Policy.rules[n]
 		before := len(c.boxes)
 		switch {
+		case len(r.Users) > 0: // what the kernel sees has no user
 		case r.Action == Publish && r.Publication.Server(false).IsValid():
 			c.published(n, in)
 		case r.Action != Publish && slices.Contains(c.ix.ruleTo[n], gatewayNet):
@@ -63,7 +64,7 @@ func (c *compiler) published(n, in int) {
 	}
 	whole := slices.Concat(cells.ask[0], cells.others[0])
 	for d := range n {
-		if deny := &c.Policy.rules[d]; deny.Action == Deny && slices.Contains(c.ix.ruleTo[d], anyNet) {
+		if deny := &c.Policy.rules[d]; deny.Action == Deny && len(deny.Users) == 0 && slices.Contains(c.ix.ruleTo[d], anyNet) {
 			c.deniedTo(d, n, in, dsts, meet(c.rules[d].others[0], whole))
 		}
 	}

@@ -30,6 +30,10 @@ type index struct {
 	protocols protocolIndex
 	// from, to and protos have, for each ID, the rules that name it.
 	from, to, protos []posting
+	// users has the rules that name a user, or AnyUser; nil: none does. forAll
+	// are then the rules without users.
+	users  map[string]posting
+	forAll posting
 	// ruleProtos are the protocol IDs of each rule, in the rule's order;
 	// ruleFrom and ruleTo its networks.
 	ruleFrom, ruleTo, ruleProtos [][]int32
@@ -106,8 +110,35 @@ func newIndex(p *Policy) *index {
 		ix.ruleTo = append(ix.ruleTo, post(ix.to, i, r.To, netID))
 		ix.ruleProtos = append(ix.ruleProtos, post(ix.protos, i, r.Protocols, protoID))
 		ix.published.add(i, r, p.protocols, ix.ruleProtos[i])
+		ix.indexUsers(i, r.Users)
 	}
 	return ix
+}
+
+func (ix *index) indexUsers(rule int, users []string) {
+	if len(users) == 0 {
+		ix.forAll = ix.forAll.with(rule)
+		return
+	}
+	if ix.users == nil {
+		ix.users = map[string]posting{}
+	}
+	for _, name := range users {
+		ix.users[name] = ix.users[name].with(rule)
+	}
+}
+
+// ofUser are the rules that are for a user, or for all.
+func (ix *index) ofUser(user string) [3]posting {
+	if user == "" {
+		return [3]posting{ix.forAll}
+	}
+	return [3]posting{ix.forAll, ix.users[AnyUser], ix.users[user]}
+}
+
+// isFor says whether a rule is for a user.
+func (r *Rule) isFor(user string) bool {
+	return len(r.Users) == 0 || user != "" && (slices.Contains(r.Users, AnyUser) || slices.Contains(r.Users, user))
 }
 
 // own records the prefixes of a network.
@@ -196,9 +227,9 @@ func (p posting) from(at uint32) posting {
 	return p[i:]
 }
 
-// firstCommon is the lowest rule that is in the union of each of the three
+// firstCommon is the lowest rule that is in the union of each of the four
 // lists, or -1. It leaps from word to word and moves the lists' starts.
-func firstCommon(dims *[3][]posting) int {
+func firstCommon(dims *[4][]posting) int {
 	for at := uint32(0); ; {
 		common, next := ^uint64(0), at
 		for _, dim := range dims {

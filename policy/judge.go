@@ -51,7 +51,7 @@ func (p *Policy) judge(q Question, protos []int32) Verdict {
 		inside = !v.Reverse
 	}
 
-	n := p.firstOf(ix.firstRule(from, to, protos), q, from, protos)
+	n := p.firstOf(ix.firstRule(from, to, protos, q.User), q, from, protos)
 	if n < 0 {
 		v.Protocol, v.Reason = p.firstProtocol(protos), ReasonDefault
 		if inside && len(protos) > 0 {
@@ -138,10 +138,12 @@ func (p *Policy) joining(from, to []int32, is6 bool) (rule *NetworkRule, reverse
 	return &p.netRules[first], reverse
 }
 
-// firstRule is the number of the first rule that names one of each, or -1.
-func (ix *index) firstRule(from, to, protos []int32) int {
+// firstRule is the number of the first rule that names one of each, and that is
+// for the user, or -1.
+func (ix *index) firstRule(from, to, protos []int32, user string) int {
 	var fromBuf, toBuf, protoBuf [usualMembers + 1]posting
-	dims := [3][]posting{fromBuf[:0], toBuf[:0], protoBuf[:0]}
+	userBuf := ix.ofUser(user)
+	dims := [4][]posting{fromBuf[:0], toBuf[:0], protoBuf[:0], userBuf[:]}
 	for _, id := range from {
 		dims[0] = append(dims[0], ix.from[id])
 	}

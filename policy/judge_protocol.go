@@ -38,7 +38,7 @@ func (p *Policy) judgeAnywhere(q Question, protos []int32) Verdict {
 	}
 	v := Verdict{Reason: ReasonDefault}
 	for n := range p.rules {
-		if !shares(ix.ruleFrom[n], from) || !shares(ix.ruleProtos[n], append(protos, anyProto)) {
+		if !p.rules[n].isFor(q.User) || !shares(ix.ruleFrom[n], from) || !shares(ix.ruleProtos[n], append(protos, anyProto)) {
 			continue
 		}
 		if p.rules[n].Action == Deny {

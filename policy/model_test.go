@@ -121,6 +121,9 @@ func (m *model) judge(q Question) (a answer) {
 func (m *model) first(q Question, src func(string) bool, goes func(*Rule) bool) (*Rule, []Protocol) {
 	for i := range m.rules {
 		r := &m.rules[i]
+		if len(r.Users) > 0 && (q.User == "" || !slices.Contains(r.Users, AnyUser) && !slices.Contains(r.Users, q.User)) {
+			continue
+		}
 		if !slices.ContainsFunc(r.From, src) || !goes(r) {
 			continue
 		}
@@ -344,6 +347,8 @@ func draw(r *rand.Rand) *model {
 		}
 		if pick(2) == 0 {
 			m.publish(r, &x)
+		} else if pick(4) == 0 {
+			x.Users = some([]string{AnyUser, "alice", "bob"})
 		}
 		m.rules = append(m.rules, x)
 	}
@@ -420,6 +425,12 @@ func TestRandomPolicies(t *testing.T) {
 			leads := m.server(want, q)
 			if plain(got) != want || got.Server != leads {
 				t.Fatalf("seed %d: %+v:\n got %+v\nwant %+v\n%+v", seed, q, plain(got), want, m)
+			}
+			if q.User = []string{"", "alice", "bob", "carol"}[r.IntN(4)]; q.User != "" {
+				if want, got := m.judge(q), p.Judge(q); plain(got) != want || got.Server != m.server(want, q) {
+					t.Fatalf("seed %d: %+v:\n got %+v\nwant %+v\n%+v", seed, q, plain(got), want, m)
+				}
+				q.User = ""
 			}
 			if class, server := simulate(t, c, q); class != want.class || server != leads {
 				t.Fatalf("seed %d: %+v: compiled to %d %v, want %+v\n%+v\n%+v", seed, q, class, server, want, m, c)

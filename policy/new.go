@@ -47,7 +47,7 @@ func New(networks []Network, netRules []NetworkRule, protocols []Protocol, rules
 			own.Addresses, own.Servers = slices.Clone(own.Addresses), slices.Clone(own.Servers)
 			r.Publication = &own
 		}
-		r.Protocols, r.Filters = slices.Clone(r.Protocols), slices.Clone(r.Filters)
+		r.Protocols, r.Filters, r.Users = slices.Clone(r.Protocols), slices.Clone(r.Filters), slices.Clone(r.Users)
 	}
 	if err := check(p); err != nil {
 		return nil, err

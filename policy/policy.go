@@ -20,6 +20,9 @@ const Any = "any"
 // AnyProtocol is the name of the built-in protocol that everything belongs to.
 const AnyProtocol = "any"
 
+// AnyUser, in the users of a rule, is whoever has proved who he is.
+const AnyUser = "any"
+
 // Network is a named set of hosts. A host belongs to it if it is reached
 // through one of Interfaces (when there are any) and has an address in one of
 // Prefixes (when there are any).
@@ -133,6 +136,10 @@ type Rule struct {
 	Action    Action
 	From, To  []string // network names
 	Protocols []string // protocol names
+	// Users are those whose flows the rule matches: names, or AnyUser. None:
+	// every flow. A flow that passes through the gateway by itself has no user,
+	// so that a rule with users is not in the compiled ruleset.
+	Users []string
 	// Publication is set for Publish, and for nothing else.
 	Publication *Publication
 	Filters     []FilterUse
@@ -155,6 +162,8 @@ type Question struct {
 	// reached; OutIface is ignored if ToGateway.
 	InIface, OutIface string
 	ToGateway         bool
+	// User is the name that the client has proved to be; empty: nobody asked.
+	User string
 }
 
 // Class is what the kernel does with the first packet of a flow. The zero

@@ -79,7 +79,8 @@ func (p *Policy) firstOf(n int, q Question, from, protos []int32) int {
 	}
 	if q.ToGateway && p.ix.published.denying != nil {
 		var fromBuf, toBuf, protoBuf [usualMembers + 1]posting
-		dims := [3][]posting{fromBuf[:0], append(toBuf[:0], p.ix.published.denying), append(protoBuf[:0], p.ix.protos[anyProto])}
+		userBuf := p.ix.ofUser(q.User)
+		dims := [4][]posting{fromBuf[:0], append(toBuf[:0], p.ix.published.denying), append(protoBuf[:0], p.ix.protos[anyProto]), userBuf[:]}
 		for _, id := range from {
 			dims[0] = append(dims[0], p.ix.from[id])
 		}

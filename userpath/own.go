@@ -9,6 +9,8 @@ import (
 	"sync"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sluicegw/sluice/engine"
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
@@ -168,6 +170,18 @@ type (
 func (c *ownTCPConn) Close() error {
 	c.user.forget(c)
 	return c.TCPConn.Close()
+}
+
+// Deepen makes room for a burst of 64 KiB of payload.
+func (c *ownUDPConn) Deepen() {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return // it is closed
+	}
+	// It only ever bounds what the kernel takes.
+	_ = raw.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, udpBurstBuffer)
+	})
 }
 
 // Close implements net.Conn.

@@ -370,7 +370,12 @@ func (l *loop) sweep(t *TCP) {
 		switch age := now.Sub(since); {
 		case since.IsZero(): // dialling
 		case !f.carrying.Load():
-			if age > t.cfg.WaitForInitiator && t.waiting.remove(f) {
+			switch {
+			case age <= t.cfg.WaitForInitiator:
+			case f.job.joined:
+				t.stats.expired.Add(1)
+				f.finish(flow.TimedOut, "the client's connection was not joined to it")
+			case t.waiting.remove(f):
 				t.stats.expired.Add(1)
 				f.finish(flow.TimedOut, "the initiator did not complete its handshake")
 			}

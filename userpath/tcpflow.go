@@ -31,11 +31,15 @@ type tcpJob struct {
 	chain             []engine.Link
 	initiatorExternal bool
 	emulated          bool // the last filter stands in for the external end
+	joined            bool // both ends are handed in: no initiator comes to the listener
 	buffer            int
 }
 
 func jobOf(t *engine.Takeover) tcpJob {
-	return tcpJob{t, t.Tuple, t.Dial, t.Chain, t.InitiatorExternal, t.Emulated, t.Buffer}
+	return tcpJob{
+		takeover: t, tuple: t.Tuple, dial: t.Dial, chain: t.Chain,
+		initiatorExternal: t.InitiatorExternal, emulated: t.Emulated, buffer: t.Buffer,
+	}
 }
 
 // tcpFlow is one flow that was taken over.

@@ -76,6 +76,7 @@ type restricted struct {
 	closed  bool
 	done    chan struct{}
 	onClose func()
+	gate    func(netip.Addr) bool // instead of sources; nil: none
 }
 
 func (r *restricted) SetIPFilter(f *filterapi.IPFilter) error {
@@ -97,6 +98,9 @@ func (r *restricted) IPFilter() *filterapi.IPFilter {
 func (r *restricted) admits(a netip.Addr) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.gate != nil {
+		return !r.closed && r.gate(a)
+	}
 	return !r.closed && r.sources.Includes(a)
 }
 
