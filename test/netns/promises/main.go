@@ -5,8 +5,10 @@
 //
 // FILE is what `go test -v` said; FILE may hold several runs, each after a line
 // "=== vmtest: Linux RELEASE, queue.form: FORM", and then has a column for each.
-// The tests of a promise are named after its number: TestB07..., and their parts
-// for one family have a subtest IPv4 or IPv6.
+// The tests of a promise are named after its number: TestB07..., those of a
+// requirement of the NAT after it: TestNUDP03a... (RFC 4787, REQ-3a), NTCP (RFC
+// 5382), NICMP (RFC 5508), NCGN (RFC 6888). Parts for one family have a subtest
+// IPv4 or IPv6.
 package main
 
 import (

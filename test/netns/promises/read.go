@@ -3,13 +3,14 @@ package main
 import (
 	"fmt"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 )
 
 // promise is one line of the list.
 type promise struct {
-	number   int
+	name     string   // "B7", or of the NAT "UDP 3a"
 	families []string // nil: it has none
 	title    string
 }
@@ -22,11 +23,11 @@ func readPromises(text string) ([]promise, error) {
 			continue
 		}
 		f := strings.SplitN(line, " ", 3)
-		n, err := strconv.Atoi(f[0])
-		if err != nil || len(f) != 3 || n != len(all)+1 {
+		name, err := listed(f[0])
+		if err != nil || len(f) != 3 || slices.ContainsFunc(all, func(p promise) bool { return p.name == name }) {
 			return nil, fmt.Errorf("the list of promises: %q", line)
 		}
-		p := promise{number: n, title: f[2]}
+		p := promise{name: name, title: f[2]}
 		if strings.Contains(f[1], "4") {
 			p.families = append(p.families, "IPv4")
 		}
@@ -36,6 +37,29 @@ func readPromises(text string) ([]promise, error) {
 		all = append(all, p)
 	}
 	return all, nil
+}
+
+// listed is the name of what the list calls 7 or UDP3a.
+func listed(word string) (string, error) {
+	if n, err := strconv.Atoi(word); err == nil && n > 0 {
+		return "B" + strconv.Itoa(n), nil
+	}
+	if name := nameOf("TestN" + word); name != "" {
+		return name, nil
+	}
+	return "", fmt.Errorf("%q is no promise", word)
+}
+
+// nameOf is the promise that a test is named after; none: empty.
+func nameOf(test string) string {
+	m := number.FindStringSubmatch(test)
+	switch {
+	case m == nil:
+		return ""
+	case m[1] == "B":
+		return "B" + m[2]
+	}
+	return m[1][1:] + " " + m[2]
 }
 
 // results are those of one run: what became of each test and subtest.
@@ -54,9 +78,9 @@ const (
 
 var (
 	header = regexp.MustCompile(`^=== vmtest: Linux (\S+), queue\.form: (\w+)`)
-	began  = regexp.MustCompile(`^=== RUN\s+(TestB\d+\S*)`)
-	ended  = regexp.MustCompile(`^\s*--- (PASS|FAIL|SKIP): (TestB\d+\S*)`)
-	number = regexp.MustCompile(`^TestB0*(\d+)`)
+	began  = regexp.MustCompile(`^=== RUN\s+(\S+)`)
+	ended  = regexp.MustCompile(`^\s*--- (PASS|FAIL|SKIP): (\S+)`)
+	number = regexp.MustCompile(`^Test(B|NUDP|NTCP|NICMP|NCGN)0*(\d+[a-z]?)`)
 )
 
 // readLog reads what a step said. Without a header all of it is one run.
@@ -70,7 +94,7 @@ func readLog(name, text string) []*results {
 			continue
 		}
 		b, e := began.FindStringSubmatch(line), ended.FindStringSubmatch(line)
-		if b == nil && e == nil {
+		if b == nil && e == nil || b != nil && nameOf(b[1]) == "" || e != nil && nameOf(e[2]) == "" {
 			continue
 		}
 		if len(runs) == 0 {
@@ -117,12 +141,11 @@ func (r *results) split() map[string]bool {
 // of is what a run says of a promise in one family; an empty family is all of
 // it. A test without parts for the families counts for both. One that failed
 // although none of its parts did counts for both, too.
-func (r *results) of(promise int, fam string) string {
+func (r *results) of(promise, fam string) string {
 	split := r.split()
 	shown, broken := false, false
 	for t, o := range r.tests {
-		m := number.FindStringSubmatch(t)
-		if m == nil || m[1] != strconv.Itoa(promise) {
+		if nameOf(t) != promise {
 			continue
 		}
 		f := family(t)
@@ -157,7 +180,7 @@ func (r *results) partFailed(test string) bool {
 // table is what is printed: a line for each promise, and the sums.
 func table(promises []promise, runs []*results) string {
 	var b strings.Builder
-	const left = 58
+	const left, wide = 62, 7
 	fmt.Fprintf(&b, "%-*s", left, "promise")
 	for _, r := range runs {
 		fmt.Fprintf(&b, " | %-17s", r.name)
@@ -169,14 +192,14 @@ func table(promises []promise, runs []*results) string {
 	b.WriteString("\n")
 	sums := map[string]int{}
 	for _, p := range promises {
-		fmt.Fprintf(&b, "B%-3d %-*s", p.number, left-5, p.title)
+		fmt.Fprintf(&b, "%-*s %-*s", wide, p.name, left-wide-1, p.title)
 		for _, r := range runs {
 			cells := [2]string{"-", "-"}
 			if p.families == nil {
-				cells[0] = r.of(p.number, "")
+				cells[0] = r.of(p.name, "")
 			}
 			for _, f := range p.families {
-				cells[map[string]int{"IPv4": 0, "IPv6": 1}[f]] = r.of(p.number, f)
+				cells[map[string]int{"IPv4": 0, "IPv6": 1}[f]] = r.of(p.name, f)
 			}
 			for _, c := range cells {
 				sums[c]++
