@@ -177,7 +177,7 @@ func (p *permission) wanted() (inKernel, nat.Permission) {
 		// A first packet that is sent again finds the way to the one that user
 		// space holds; user space refuses all others.
 		return holdsWhatItHas, out
-	case p.inbound() && p.External != p.Client:
+	case p.inbound() && (p.External != p.Client || p.FromGateway):
 		out.Sources, out.AnySource = nil, false
 		return holdsTranslation, out
 	case p.Via.IsValid():

@@ -130,7 +130,7 @@ func Build(in Input, o Options) (Ruleset, error) {
 	b.r.counters = counterNames
 	b.r.flowtable, b.r.xtQueue = o.Flowtable, !o.Native
 	b.permissionSets()
-	for _, part := range []func() error{b.networkSets, b.upstreamZone, b.arrive, b.steer, b.translate, b.forward, b.pairs, b.gateway} {
+	for _, part := range []func() error{b.networkSets, b.upstreamZone, b.arrive, b.steer, b.translate, b.forward, b.pairs, b.publish, b.gateway} {
 		if err := part(); err != nil {
 			return Ruleset{}, fmt.Errorf("build the ruleset: %w", err)
 		}
@@ -200,6 +200,9 @@ func (b *builder) check() error {
 	}
 	if k := b.Ranges.Kernel; k.Lo > k.Hi {
 		return fmt.Errorf("port range %s is empty", k)
+	}
+	if err := b.checkPublications(); err != nil {
+		return err
 	}
 	for _, d := range b.Flowtable {
 		if err := checkInterface(d); err != nil {

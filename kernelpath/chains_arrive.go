@@ -26,6 +26,7 @@ const (
 //	ct state != new accept
 //	meta l4proto tcp tcp flags & (fin|syn|rst|ack) != syn goto not_syn
 //	meta l4proto { tcp, udp } jump permit
+//	... (see publish)
 //	fib daddr type { local, broadcast, anycast, multicast } accept
 //	iifname vmap @zones
 //	goto from_0
@@ -51,6 +52,7 @@ func (b *builder) arrive() error {
 	a.add(isNot(fieldCtState, stateNew), accept())
 	a.add(is(fieldL4Proto, protoValue(flow.TCP)), notOpening(), goTo(chainNotSyn))
 	a.add(tcpOrUDP(), jump(chainPermit))
+	b.ifPublished(a, chainPublished)
 	a.add(toGateway(), accept())
 	if len(b.in.Compiled.Zones) > 1 {
 		a.add(vmap(mapZones, fieldIIfName))

@@ -122,6 +122,7 @@ func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
 //	chain bound {
 //		meta nfproto ipv4 meta l4proto { tcp, udp } dnat ip to ip daddr . meta l4proto . th dport map @bind4
 //		... (IPv6)
+//		... (servers, see publish)
 //	}
 //	chain srcnat {
 //		ct mark and MASK vmap { K : goto hide, ONE WAY : goto hide }
@@ -129,6 +130,7 @@ func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
 //	chain hide {
 //		... (permissions with a source of their own, see source)
 //		meta nfproto ipv6 goto hide6
+//		... (servers that see the gateway, see seen)
 //		ct status dnat ... (from a hidden network to itself) (its map, see outMaps) snat ip to ct original ip daddr
 //		... (per network rule) (the map of endpoints, see outMaps) snat, masquerade or accept
 //	}
@@ -144,15 +146,21 @@ func (b *builder) translate() error {
 	for _, f := range []family{ipv4, ipv6} {
 		bound.add(is(fieldNFProto, f.nfproto), tcpOrUDP(), translateTo(f, mapBind(f)))
 	}
+	b.ifPublished(bound, chainServers)
 
 	base := b.base("srcnat", hook{nftables.ChainTypeNAT, "postrouting", nftables.ChainHook(unix.NF_INET_POST_ROUTING), prioritySrcNAT, nftables.ChainPolicyAccept})
 	base.add(carried(chainHide))
 	s := b.chain(chainHide)
 	b.source(s, ipv4)
 	s.add(is(fieldNFProto, ipv6.nfproto), goTo(chainHide+ipv6.suffix))
+	s.add(ctTranslated(), tcpOrUDP(), jump(chainSeen+ipv4.suffix))
 	six := b.chain(chainHide + ipv6.suffix)
 	b.source(six, ipv6)
+	six.add(tcpOrUDP(), jump(chainSeen+ipv6.suffix))
 	six.add(accept())
+	if err := b.seen(); err != nil {
+		return err
+	}
 	if err := b.outMaps(); err != nil {
 		return err
 	}

@@ -103,8 +103,11 @@ func (b *builder) zoneMap(name string, to func(id int) stmt) {
 	b.set(s)
 }
 
-func forwardVerdict(c policy.Class) (stmt, error) {
-	switch c {
+// boxVerdict is what becomes of the first packets of a box.
+type boxVerdict func(policy.Box) (stmt, error)
+
+func forwardVerdict(x policy.Box) (stmt, error) {
+	switch x.Class {
 	case policy.ClassKernel:
 		return goTo(chainCarryFirst), nil
 	case policy.ClassReject:
@@ -116,12 +119,12 @@ func forwardVerdict(c policy.Class) (stmt, error) {
 	case policy.ClassAskOpen:
 		return goTo(chainAskOpen), nil
 	}
-	return stmt{}, fmt.Errorf("class %d is unknown", c)
+	return stmt{}, fmt.Errorf("class %d is unknown", x.Class)
 }
 
 // inputVerdict: nothing that the gateway itself receives is asked about.
-func inputVerdict(c policy.Class) (stmt, error) {
-	switch c {
+func inputVerdict(x policy.Box) (stmt, error) {
+	switch x.Class {
 	case policy.ClassKernel:
 		return accept(), nil
 	case policy.ClassReject:
@@ -129,7 +132,7 @@ func inputVerdict(c policy.Class) (stmt, error) {
 	case policy.ClassDrop:
 		return goTo(chainUnwanted), nil
 	}
-	return stmt{}, fmt.Errorf("class %d cannot be that of a flow to the gateway itself", c)
+	return stmt{}, fmt.Errorf("class %d cannot be that of a flow to the gateway itself", x.Class)
 }
 
 // stageKind is what the stages of one family and kind have in common.
@@ -139,15 +142,16 @@ type stageKind struct {
 	kind   policy.Kind
 	protos []flow.Proto // empty: every other one
 	last   []field      // of the key, after the addresses
+	match  rule         // what nft wants to know before the key
 }
 
 func stageKinds() []stageKind {
 	var kinds []stageKind
 	for _, f := range []family{ipv4, ipv6} {
 		kinds = append(kinds,
-			stageKind{"ports" + f.suffix, f, policy.KindPorts, []flow.Proto{flow.TCP, flow.UDP}, []field{fieldL4Proto, fieldDport}},
-			stageKind{"icmp" + f.suffix, f, policy.KindICMP, []flow.Proto{f.icmp}, []field{f.icmpType}},
-			stageKind{"other" + f.suffix, f, policy.KindOther, nil, []field{fieldL4Proto}})
+			stageKind{"ports" + f.suffix, f, policy.KindPorts, []flow.Proto{flow.TCP, flow.UDP}, []field{fieldL4Proto, fieldDport}, nil},
+			stageKind{"icmp" + f.suffix, f, policy.KindICMP, []flow.Proto{f.icmp}, []field{f.icmpType}, nil},
+			stageKind{"other" + f.suffix, f, policy.KindOther, nil, []field{fieldL4Proto}, nil})
 	}
 	return kinds
 }
@@ -166,7 +170,7 @@ func stageKinds() []stageKind {
 //	}
 //
 // rest is the chain for what no stage has.
-func (b *builder) table(name, short string, t policy.Table, rest string, verdict func(policy.Class) (stmt, error)) error {
+func (b *builder) table(name, short string, t policy.Table, rest string, verdict boxVerdict) error {
 	top := b.chain(name)
 	var branches []branch
 	var others []rule
@@ -194,8 +198,8 @@ func (b *builder) table(name, short string, t policy.Table, rest string, verdict
 }
 
 // stages adds the lookups of one family and kind and says how many they are.
-func (b *builder) stages(chain, maps string, k stageKind, stages []policy.Stage, rest string, verdict func(policy.Class) (stmt, error)) (int, error) {
-	match := []stmt{is(fieldNFProto, k.family.nfproto)}
+func (b *builder) stages(chain, maps string, k stageKind, stages []policy.Stage, rest string, verdict boxVerdict) (int, error) {
+	match := append(rule{is(fieldNFProto, k.family.nfproto)}, k.match...)
 	if k.kind == policy.KindICMP {
 		match = append(match, is(fieldL4Proto, protoValue(k.family.icmp)))
 	}
@@ -228,7 +232,7 @@ func (b *builder) stages(chain, maps string, k stageKind, stages []policy.Stage,
 		c.add(append(append(rule{}, match...), vmap(m.name, key...))...)
 		n++
 	}
-	if n > 0 {
+	if n > 0 && rest != "" {
 		b.r.chains[len(b.r.chains)-1].add(goTo(rest))
 	}
 	return n, nil
@@ -293,8 +297,8 @@ func singleProtos(k stageKind, x policy.Box) []flow.Proto {
 
 // boxElements is one box of a stage: one element with a range in every field
 // of the key, or each of its values.
-func boxElements(k stageKind, s shape, x policy.Box, verdict func(policy.Class) (stmt, error)) ([]element, error) {
-	to, err := verdict(x.Class)
+func boxElements(k stageKind, s shape, x policy.Box, verdict boxVerdict) ([]element, error) {
+	to, err := verdict(x)
 	if err != nil {
 		return nil, err
 	}
@@ -309,11 +313,15 @@ func boxElements(k stageKind, s shape, x policy.Box, verdict func(policy.Class) 
 		return nil, fmt.Errorf("icmp type %d does not exist", x.Ports.Hi)
 	}
 	var addrs []extent
+	address := prefixExtent
+	if s.exact {
+		address = hostOrPrefix
+	}
 	if s.src {
-		addrs = append(addrs, prefixExtent(x.Src))
+		addrs = append(addrs, address(x.Src))
 	}
 	if s.dst {
-		addrs = append(addrs, prefixExtent(x.Dst))
+		addrs = append(addrs, address(x.Dst))
 	}
 	if !s.exact {
 		last := []extent{protoExtent(x.Protos)}

@@ -42,6 +42,7 @@ func (b *builder) permissionSets() {
 			{name: mapSource(f), key: fieldTypes(f.request()), data: verdicts},
 			{name: mapSourceAddr(f), key: fieldTypes(f.request()), data: socket[:1]},
 			{name: mapSourcePort(f), key: fieldTypes(f.request()), data: socket},
+			{name: mapInside(f), key: fieldTypes(f.askedSocket()), data: verdicts},
 		} {
 			s.lasting, s.timeout = true, true
 			b.set(s)

@@ -182,7 +182,10 @@ func legKey(src, dst, sport, dport field) []field {
 // all networks that a network rule joins, if any flow can reach user space at
 // all. every: one of these networks is not bound to interfaces.
 func (b *builder) upstreamInterfaces() (ifaces []string, every bool) {
-	if !b.asks() {
+	switch {
+	case b.publishesToUser():
+		return nil, true // where a server is, no network says
+	case !b.asks():
 		return nil, false
 	}
 	seen := map[string]bool{}
@@ -208,8 +211,10 @@ func (b *builder) upstreamInterfaces() (ifaces []string, every bool) {
 
 // asks says whether any flow can reach user space. Permissions alone cannot:
 // without a filter there is nobody who makes them.
-func (b *builder) asks() bool {
-	for _, t := range b.in.Compiled.Forward {
+func (b *builder) asks() bool { return asksIn(b.in.Compiled.Forward) }
+
+func asksIn(tables []policy.Table) bool {
+	for _, t := range tables {
 		for _, s := range t.Stages {
 			for _, x := range s.Boxes {
 				if x.Class == policy.ClassAsk || x.Class == policy.ClassAskOpen {

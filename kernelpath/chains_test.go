@@ -111,7 +111,7 @@ func samples(t testing.TB) map[string]Ruleset {
 		in Input
 		o  Options
 	}{
-		"nat": {twoZones(), testOptions(t)}, "routed": {routedZones(), hard}, "empty": {Input{}, off},
+		"nat": {twoZones(), testOptions(t)}, "published": {publishing(), testOptions(t)}, "routed": {routedZones(), hard}, "empty": {Input{}, off},
 	} {
 		r, err := Build(s.in, s.o)
 		if err != nil {
@@ -174,7 +174,7 @@ func TestBuildNamesFitTogether(t *testing.T) {
 		// Elements that are installed while traffic flows go to these.
 		used[chainAsk], used[chainListed], used[chainUse], used[chainAskOpen] = true, true, true, true
 		used[chainRefuse], used[chainCarryFirst] = true, true
-		for _, name := range []string{chainWide, chainUseOneWay, chainListedOneWay, chainUseLocal, chainListedLocal} {
+		for _, name := range []string{chainWide, chainUseOneWay, chainListedOneWay, chainUseLocal, chainListedLocal, chainSeenGateway} {
 			used[name] = true
 		}
 		for _, f := range []family{ipv4, ipv6} {

@@ -29,6 +29,7 @@ import (
 //	with a source address of its own           key: what the client asks for
 //	  with a port                              source4 : goto source_port4, and source_port4 : address . port
 //	  without                                  source4 : goto source_addr4, and source_addr4 : address
+//	the client sees the gateway                inside4 : goto seen_gateway, without a timeout
 //	what the client sends leaves from there    out4_... of the network rule: the client's address . protocol . port : address . port
 //
 // and the same for IPv6 with the suffix 6. The destination is where the first
@@ -202,6 +203,9 @@ func (s *slots) translations(to netip.AddrPort) {
 		s.value(mapBind(s.f), s.socket, fmt.Sprintf("%s . %d", target.Addr(), target.Port()),
 			pack(target.Addr().AsSlice(), portValue(target.Port()).raw))
 	}
+	if s.p.FromGateway {
+		s.put(mapInside(s.f), s.socket, chainSeenGateway).elem.timeout = 0
+	}
 	if s.p.Direction != nat.Outbound {
 		return
 	}
@@ -281,6 +285,9 @@ func destinationOf(p nat.Permission) (netip.AddrPort, error) {
 	}
 	if p.Timeout < 0 {
 		return bad("timeout %s", p.Timeout)
+	}
+	if p.FromGateway && p.Direction != nat.Inbound {
+		return bad("only who lets flows in can see the gateway")
 	}
 	if p.OneWay && (p.Direction != nat.Inbound || p.Proto != flow.UDP || p.ToUser) {
 		return bad("only inbound UDP that the kernel carries can pass one way")

@@ -22,7 +22,8 @@ type Permitted struct {
 	// single-use permission), "token" (the one use of such a permission),
 	// "ranges" (some sources are ranges), "bind" (a translation, which lets
 	// nobody in by itself), "refuse" (who else goes there is told no),
-	// "source" (where a flow leaves from) or "leaves" (where the flows of an
+	// "source" (where a flow leaves from), "seen" (the client sees the gateway
+	// as the source) or "leaves" (where the flows of an
 	// inside endpoint leave from). "one way" or "local" follows where the flow
 	// may do no more than that.
 	Use   string
@@ -43,7 +44,7 @@ func permissionSetNames() []string {
 	var names []string
 	for _, f := range []family{ipv4, ipv6} {
 		names = append(names, setOnce(f), setPermit(f), setOnceAny(f), setPermitAny(f), setWide(f), setToken(f),
-			mapBind(f), setVia(f), mapSource(f), mapSourceAddr(f), mapSourcePort(f))
+			mapBind(f), setVia(f), mapSource(f), mapSourceAddr(f), mapSourcePort(f), mapInside(f))
 	}
 	return names
 }
@@ -160,6 +161,8 @@ func (p *Permitted) meaning(name string, f family, data map[uint16][]byte) bool 
 		p.Use = "token"
 	case setVia(f):
 		p.Use = "refuse"
+	case mapInside(f):
+		p.Use = "seen"
 	case mapBind(f), mapSourceAddr(f), mapSourcePort(f):
 		p.Use, p.Becomes = "source", addrPortOf(data[unix.NFTA_DATA_VALUE])
 		if name == mapBind(f) {

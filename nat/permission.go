@@ -55,6 +55,9 @@ type Permission struct {
 	AnySource bool
 	// OneWay, for Inbound and UDP: what the client answers is dropped.
 	OneWay bool
+	// FromGateway, for Inbound: the client sees an address of the gateway as
+	// the source, the one that the route to it prefers.
+	FromGateway bool
 	// Leaves, for Inbound and IPv4, is the name of the NAT network rule under
 	// which what Client itself sends leaves from External; empty: none. ICMP
 	// may have that, and nothing else: the ports of Client and External are
