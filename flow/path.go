@@ -98,6 +98,10 @@ func (m Marks) Put(mark uint32, p Path) uint32 { return mark&^m.Mask() | m.Value
 // nobody else's bits.
 func (m Marks) OneWay() uint32 { return m.Cut() | m.Value(Reject) }
 
+// Plain is the packet mark of a first packet that a rule of the kernel's own let
+// pass: no permission has to do with its flow. It has nobody else's bits.
+func (m Marks) Plain() uint32 { return m.Cut() | m.Value(Kernel) }
+
 // IsOneWay says whether a conntrack mark is that of such a flow.
 func (m Marks) IsOneWay(mark uint32) bool { return mark&m.Mask() == m.OneWay() }
 

@@ -77,7 +77,11 @@ const (
 	chainUnwanted     = "unwanted"       // what the gateway itself does not take
 	chainAsk          = "ask"            // the queue that fails closed
 	chainAskOpen      = "ask_open"       // the queue that fails open
+	chainMarked       = "marked"         // packets of flows whose mark is not a kernel flow's
+	chainFirst        = "first"          // first packets
+	chainJudged       = "judged"         // first packets that the queue gave back
 	chainCarryFirst   = "carry_first"    // a new kernel flow
+	chainCarryPlain   = "carry_plain"    // the same, by a rule alone
 	chainTakeFirst    = "take_first"     // a new user flow
 	chainDivert       = "divert"         // packets of a user flow
 	chainLocalOwn     = "local_own"      // answers to the gateway's upstream legs
@@ -89,7 +93,7 @@ const (
 	chainCut          = "cut"            // a living flow that was ended
 	chainNotSyn       = "not_syn"        // TCP that begins in the middle
 	chainReversePath  = "reverse_path"   // sources that cannot be where they came from
-	chainPermit       = "permit"         // the permissions
+	chainPermit       = "permit"         // the permissions of a family, whose suffix follows
 )
 
 // counterNames are the named counters. They outlive a reload.
@@ -130,7 +134,7 @@ func Build(in Input, o Options) (Ruleset, error) {
 	b.r.counters = counterNames
 	b.r.flowtable, b.r.xtQueue = o.Flowtable, !o.Native
 	b.permissionSets()
-	for _, part := range []func() error{b.networkSets, b.upstreamZone, b.arrive, b.steer, b.translate, b.forward, b.pairs, b.publish, b.gateway} {
+	for _, part := range []func() error{b.networkSets, b.upstreamZone, b.arrive, b.judged, b.translate, b.forward, b.pairs, b.publish, b.gateway} {
 		if err := part(); err != nil {
 			return Ruleset{}, fmt.Errorf("build the ruleset: %w", err)
 		}

@@ -4,60 +4,90 @@ import (
 	"github.com/sluicegw/sluice/flow"
 )
 
-// Where the base chains stand. arrive comes after conntrack (-200); a packet
-// that the queue gives back goes on with steer, the next base chain of the
-// hook. Both come before destination NAT (-100).
+// Where the base chains stand. arrive comes after conntrack (-200) and before
+// destination NAT (-100). Every hook costs each packet of each flow about 3% of
+// what forwarding it costs, so a kernel flow meets two: arrive and forward.
 const (
 	priorityRaw    = -300
 	priorityArrive = -155
-	prioritySteer  = -150
+	priorityOwn    = -150
 	priorityDstNAT = -100
 	priorityFilter = 0
 	prioritySrcNAT = 100
 )
 
-// arrive sees every packet first. A packet of a known flow leaves it with the
-// first rule; a first packet finds a permission or the table of its two zones.
+// arrive sees every packet first. A packet of a known kernel flow leaves it with
+// the first rule, by a comparison, which costs less than a look-up; a first
+// packet finds a permission or the table of its two zones.
 //
-//	ct mark and MASK vmap { K : accept, U : accept, O : accept, each with the cut bit : goto cut, ONE WAY : goto one_way }
-//	ct state established,related,untracked accept
-//	iif "lo" accept
+//	ct mark and MASK == K accept
+//	ct mark and MASK != 0 goto marked
+//	ct state vmap { established : accept, related : accept, untracked : accept, new : goto first }
 //	fib saddr . iif oif missing jump reverse_path
-//	ct state != new accept
-//	meta l4proto tcp tcp flags & (fin|syn|rst|ack) != syn goto not_syn
-//	meta l4proto { tcp, udp } jump permit
-//	... (see publish)
-//	fib daddr type { local, broadcast, anycast, multicast } accept
-//	iifname vmap @zones
-//	goto from_0
+//	accept
+//
+//	chain marked {
+//		ct mark and MASK vmap { U : goto divert, O : goto local_own, each and K with the cut bit : goto cut, ONE WAY : goto one_way }
+//		ct state established,related accept
+//		goto first
+//	}
+//	chain first {
+//		iif "lo" accept
+//		meta mark and MASK != 0 jump judged
+//		fib saddr . iif oif missing jump reverse_path
+//		meta l4proto tcp tcp flags & (fin|syn|rst|ack) != syn goto not_syn
+//		meta nfproto ipv4 ip daddr @gate4 jump permit4
+//		meta nfproto ipv6 ip6 daddr @gate6 jump permit6
+//		... (see publish)
+//		fib daddr type { local, broadcast, anycast, multicast } accept
+//		iifname vmap @zones
+//		goto from_0
+//	}
 //
 // Packets without a mark that are accepted here die in forward, unless they
 // are for the gateway itself.
 func (b *builder) arrive() error {
 	a := b.base("arrive", prerouting(priorityArrive))
-	var branches []branch
-	for _, p := range []flow.Path{flow.Kernel, flow.User, flow.Own} {
-		branches = append(branches, branch{[]value{markValue(b.mark(p))}, accept()})
+	a.add(masked(fieldCtMark, b.Marks.Mask(), b.mark(flow.Kernel)), accept())
+	a.add(maskedNot(fieldCtMark, b.Marks.Mask(), 0), goTo(chainMarked))
+	a.add(switchOn([]field{fieldCtState}, []branch{
+		{[]value{stateEstablished}, accept()}, {[]value{stateRelated}, accept()}, {[]value{stateUntracked}, accept()},
+		{[]value{stateNew}, goTo(chainFirst)},
+	}))
+	if b.ReversePath != ReversePathOff {
+		a.add(noRoute(b.ReversePath == ReversePathStrict), jump(chainReversePath))
+	}
+	a.add(accept())
+
+	m := b.chain(chainMarked)
+	branches := []branch{
+		{[]value{markValue(b.mark(flow.User))}, goTo(chainDivert)},
+		{[]value{markValue(b.mark(flow.Own))}, goTo(chainLocalOwn)},
 	}
 	for _, p := range []flow.Path{flow.Kernel, flow.User, flow.Own} {
 		branches = append(branches, branch{[]value{markValue(b.Marks.CutValue(p))}, goTo(chainCut)})
 	}
 	branches = append(branches, branch{[]value{markValue(b.Marks.OneWay())}, goTo(chainOneWay)})
-	a.add(switchMark(fieldCtMark, b.Marks.Mask(), branches))
-	a.add(ctStates(stateEstablished, stateRelated, stateUntracked), accept())
-	a.add(is(fieldIIf, host32(`"lo"`, 1)), accept())
+	m.add(switchMark(fieldCtMark, b.Marks.Mask(), branches))
+	m.add(isNot(fieldCtState, stateNew), accept())
+	m.add(goTo(chainFirst))
+
+	f := b.chain(chainFirst)
+	f.add(is(fieldIIf, host32(`"lo"`, 1)), accept())
+	f.add(maskedNot(fieldMetaMark, b.Marks.Mask(), 0), jump(chainJudged))
 	if b.ReversePath != ReversePathOff {
-		a.add(noRoute(b.ReversePath == ReversePathStrict), jump(chainReversePath))
+		f.add(noRoute(b.ReversePath == ReversePathStrict), jump(chainReversePath))
 	}
-	a.add(isNot(fieldCtState, stateNew), accept())
-	a.add(is(fieldL4Proto, protoValue(flow.TCP)), notOpening(), goTo(chainNotSyn))
-	a.add(tcpOrUDP(), jump(chainPermit))
-	b.ifPublished(a, chainPublished)
-	a.add(toGateway(), accept())
+	f.add(is(fieldL4Proto, protoValue(flow.TCP)), notOpening(), goTo(chainNotSyn))
+	for _, family := range []family{ipv4, ipv6} {
+		f.add(is(fieldNFProto, family.nfproto), in(setGate(family), family.daddr), jump(chainPermit+family.suffix))
+	}
+	b.ifPublished(f, chainPublished)
+	f.add(toGateway(), accept())
 	if len(b.in.Compiled.Zones) > 1 {
-		a.add(vmap(mapZones, fieldIIfName))
+		f.add(vmap(mapZones, fieldIIfName))
 	}
-	a.add(goTo(zoneChain(0)))
+	f.add(goTo(zoneChain(0)))
 
 	b.reversePath()
 	n := b.chain(chainNotSyn)
@@ -106,14 +136,18 @@ func (b *builder) answers() {
 	ask.add(count(counterQueued))
 	ask.add(enqueue(b.Native, b.FirstClosed, b.NumClosed, false))
 
-	// A packet that nobody queued leaves arrive at once and meets steer: it
-	// must carry its path already.
+	// A packet that nobody queued leaves arrive at once: it must carry its path
+	// already, for dstnat and forward.
 	open := b.chain(chainAskOpen)
 	open.add(count(counterQueued), b.putPath(fieldMetaMark, flow.Kernel))
 	open.add(enqueue(b.Native, b.FirstOpen, b.NumOpen, true))
 
 	c := b.chain(chainCarryFirst)
 	c.add(b.putPath(fieldCtMark, flow.Kernel), accept())
+
+	// No permission has to do with it: translation looks none up.
+	p := b.chain(chainCarryPlain)
+	p.add(setMark(fieldMetaMark, b.Marks.Mask(), b.Marks.Plain()), b.putPath(fieldCtMark, flow.Kernel), accept())
 
 	r := b.chain(chainRefuse)
 	r.add(atMost(logRate, logBurst), report(b.LogGroup, reportDenied))

@@ -52,7 +52,7 @@ func (b *builder) networkSets() error {
 				return fmt.Errorf("network %q: %w", n.Name, err)
 			}
 		}
-		if len(n.Interfaces) > 0 {
+		if len(n.Interfaces) > 1 {
 			b.set(interfaceSet(networkInterfaces(i), n.Name, n.Interfaces))
 		}
 		if s := prefixSet(networkPrefixes(i), n.Name, n.Prefixes); len(s.elems) > 0 {
@@ -117,7 +117,10 @@ func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
 // flow walks through it, conntrack does the rest.
 //
 //	chain dstnat {
-//		ct mark and MASK vmap { K : goto bound, ONE WAY : goto bound }
+//		meta mark and MASK == PLAIN accept
+//		ct mark and MASK == K goto bound
+//		ct mark and MASK == ONE WAY goto bound
+//		meta mark and MASK == K ct mark and MASK == 0 ct mark set K goto bound (what failed open)
 //	}
 //	chain bound {
 //		meta nfproto ipv4 meta l4proto { tcp, udp } dnat ip to ip daddr . meta l4proto . th dport map @bind4
@@ -125,7 +128,8 @@ func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
 //		... (servers, see publish)
 //	}
 //	chain srcnat {
-//		ct mark and MASK vmap { K : goto hide, ONE WAY : goto hide }
+//		ct mark and MASK == K goto hide
+//		ct mark and MASK == ONE WAY goto hide
 //	}
 //	chain hide {
 //		... (permissions with a source of their own, see source)
@@ -135,13 +139,12 @@ func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
 //		... (per network rule) (the map of endpoints, see outMaps) snat, masquerade or accept
 //	}
 func (b *builder) translate() error {
-	carried := func(to string) stmt {
-		return switchMark(fieldCtMark, b.Marks.Mask(), []branch{
-			{[]value{markValue(b.mark(flow.Kernel))}, goTo(to)}, {[]value{markValue(b.Marks.OneWay())}, goTo(to)},
-		})
-	}
 	d := b.base("dstnat", hook{nftables.ChainTypeNAT, "prerouting", nftables.ChainHook(unix.NF_INET_PRE_ROUTING), priorityDstNAT, nftables.ChainPolicyAccept})
-	d.add(carried(chainBound))
+	d.add(masked(fieldMetaMark, b.Marks.Mask(), b.Marks.Plain()), accept())
+	for _, m := range []uint32{b.mark(flow.Kernel), b.Marks.OneWay()} {
+		d.add(masked(fieldCtMark, b.Marks.Mask(), m), goTo(chainBound))
+	}
+	d.add(masked(fieldMetaMark, b.Marks.Mask(), b.mark(flow.Kernel)), masked(fieldCtMark, b.Marks.Mask(), 0), b.putPath(fieldCtMark, flow.Kernel), goTo(chainBound))
 	bound := b.chain(chainBound)
 	for _, f := range []family{ipv4, ipv6} {
 		bound.add(is(fieldNFProto, f.nfproto), tcpOrUDP(), translateTo(f, mapBind(f)))
@@ -149,14 +152,16 @@ func (b *builder) translate() error {
 	b.ifPublished(bound, chainServers)
 
 	base := b.base("srcnat", hook{nftables.ChainTypeNAT, "postrouting", nftables.ChainHook(unix.NF_INET_POST_ROUTING), prioritySrcNAT, nftables.ChainPolicyAccept})
-	base.add(carried(chainHide))
+	for _, m := range []uint32{b.mark(flow.Kernel), b.Marks.OneWay()} {
+		base.add(masked(fieldCtMark, b.Marks.Mask(), m), goTo(chainHide))
+	}
 	s := b.chain(chainHide)
 	b.source(s, ipv4)
 	s.add(is(fieldNFProto, ipv6.nfproto), goTo(chainHide+ipv6.suffix))
 	s.add(ctTranslated(), tcpOrUDP(), jump(chainSeen+ipv4.suffix))
 	six := b.chain(chainHide + ipv6.suffix)
 	b.source(six, ipv6)
-	six.add(tcpOrUDP(), jump(chainSeen+ipv6.suffix))
+	six.add(maskedNot(fieldMetaMark, b.Marks.Mask(), b.Marks.Plain()), tcpOrUDP(), jump(chainSeen+ipv6.suffix))
 	six.add(accept())
 	if err := b.seen(); err != nil {
 		return err
@@ -196,10 +201,11 @@ func (b *builder) translate() error {
 }
 
 // source gives the flows of permissions with a source address of their own
-// that address. One look-up is what all others pay.
+// that address. One look-up is what all others pay that a rule did not let pass
+// by itself.
 //
 //	chain hide {
-//		meta nfproto ipv4 meta l4proto { tcp, udp } REQUEST vmap @source4
+//		meta mark and MASK != PLAIN meta nfproto ipv4 meta l4proto { tcp, udp } REQUEST vmap @source4
 //	}
 //	chain source_addr4 {
 //		meta nfproto ipv4 meta l4proto { tcp, udp } snat ip to REQUEST map @source_addr4:20000-29999
@@ -209,7 +215,7 @@ func (b *builder) translate() error {
 //	}
 func (b *builder) source(s *chain, f family) {
 	family := is(fieldNFProto, f.nfproto)
-	s.add(family, tcpOrUDP(), vmap(mapSource(f), f.request()...))
+	s.add(maskedNot(fieldMetaMark, b.Marks.Mask(), b.Marks.Plain()), family, tcpOrUDP(), vmap(mapSource(f), f.request()...))
 	b.chain(mapSourceAddr(f)).add(family, tcpOrUDP(), leaveFromAddress(f, mapSourceAddr(f), b.Ranges.Kernel))
 	b.chain(mapSourcePort(f)).add(family, tcpOrUDP(), leaveFrom(f, mapSourcePort(f)))
 }
@@ -246,7 +252,11 @@ func (b *builder) between(from, to string) (rule, bool) {
 			return nil, false
 		}
 		n, at := b.network(side.name)
-		if len(n.Interfaces) > 0 {
+		switch len(n.Interfaces) {
+		case 0:
+		case 1: // a comparison costs less than a look-up
+			r = append(r, is(side.iface, ifNameValue(n.Interfaces[0])))
+		default:
 			r = append(r, in(networkInterfaces(at), side.iface))
 		}
 		if len(n.Prefixes) == 0 {

@@ -109,7 +109,10 @@ type boxVerdict func(policy.Box) (stmt, error)
 func forwardVerdict(x policy.Box) (stmt, error) {
 	switch x.Class {
 	case policy.ClassKernel:
-		return goTo(chainCarryFirst), nil
+		if x.Publication != 0 {
+			return goTo(chainCarryFirst), nil
+		}
+		return goTo(chainCarryPlain), nil
 	case policy.ClassReject:
 		return goTo(chainRefuse), nil
 	case policy.ClassDrop:

@@ -18,6 +18,10 @@ func setToken(f family) string     { return "token" + f.suffix }
 func mapBind(f family) string      { return "bind" + f.suffix }
 func setVia(f family) string       { return "via" + f.suffix }
 
+// setGate has the destinations of all permissions, and of some that have gone:
+// whoever goes elsewhere, which is nearly everybody, is spared the look-ups.
+func setGate(f family) string { return "gate" + f.suffix }
+
 // The maps of source addresses, whose key is the first packet's; and the two
 // chains that the first of them leads to, by the name of the map that these
 // look up.
@@ -37,6 +41,7 @@ func (b *builder) permissionSets() {
 			{name: setPermitAny(f), key: fieldTypes(f.socket()), data: verdicts},
 			{name: setWide(f), key: fieldTypes(f.tuple()), data: verdicts, interval: true},
 			{name: setToken(f), key: fieldTypes(f.socket()), dynamic: true, size: anySize},
+			{name: setGate(f), key: []nftables.SetDatatype{f.addr}},
 			{name: mapBind(f), key: fieldTypes(f.socket()), data: socket},
 			{name: setVia(f), key: fieldTypes(f.socket())},
 			{name: mapSource(f), key: fieldTypes(f.request()), data: verdicts},
@@ -52,21 +57,19 @@ func (b *builder) permissionSets() {
 
 // permit looks for a permission.
 //
-//	meta nfproto ipv6 goto permit6
-//	meta nfproto ipv4 ip saddr . ip daddr . meta l4proto . th dport @once4 goto use_once4
-//	meta nfproto ipv4 ip saddr . ip daddr . meta l4proto . th dport vmap @permit4
-//	meta nfproto ipv4 ip daddr . meta l4proto . th dport @once_any4 goto use_once_any4
-//	meta nfproto ipv4 ip daddr . meta l4proto . th dport vmap @permit_any4
+//	chain permit4 {
+//		meta nfproto ipv4 ip saddr . ip daddr . meta l4proto . th dport @once4 goto use_once4
+//		meta nfproto ipv4 ip saddr . ip daddr . meta l4proto . th dport vmap @permit4
+//		meta nfproto ipv4 ip daddr . meta l4proto . th dport @once_any4 goto use_once_any4
+//		meta nfproto ipv4 ip daddr . meta l4proto . th dport vmap @permit_any4
+//	}
 //
 // A single-use element goes with the packet that matched it; packets that
 // follow pass by the mark of the flow.
 func (b *builder) permit() {
-	six := chainPermit + ipv6.suffix
-	c := b.chain(chainPermit)
-	c.add(is(fieldNFProto, ipv6.nfproto), goTo(six))
-	lookPermissionsUp(c, ipv4)
-	lookPermissionsUp(b.chain(six), ipv6)
-
+	for _, f := range []family{ipv4, ipv6} {
+		lookPermissionsUp(b.chain(chainPermit+f.suffix), f)
+	}
 	for _, f := range []family{ipv4, ipv6} {
 		only := is(fieldNFProto, f.nfproto)
 		for _, once := range []struct {

@@ -10,17 +10,16 @@ import (
 	"github.com/sluicegw/sluice/policy"
 )
 
-// steer acts on what is decided: on the path of the flow, or on the path that
-// the queue's verdict wrote into the packet's mark.
+// judged acts on the path that the queue's verdict wrote into the packet's mark.
+// The verdict is NF_REPEAT: the packet begins arrive anew and comes here, and no
+// base chain of its own, which every other packet would pass, waits for it.
 //
-//	ct mark and PATH vmap { K : accept, U : goto divert, O : goto local_own }
-//	meta mark and MASK vmap { reject : goto refuse_marked, ..., exhausted : goto exhausted, K : goto carry_first, U : goto take_first }
-func (b *builder) steer() error {
-	s := b.base("steer", prerouting(prioritySteer))
+//	chain judged {
+//		meta mark and MASK vmap { reject : goto refuse_marked, ..., exhausted : goto exhausted, K : goto carry_first, U : goto take_first }
+//	}
+func (b *builder) judged() error {
+	s := b.chain(chainJudged)
 	on := func(p flow.Path, to stmt) branch { return branch{[]value{markValue(b.mark(p))}, to} }
-	s.add(switchMark(fieldCtMark, b.Marks.PathMask(), []branch{
-		on(flow.Kernel, accept()), on(flow.User, goTo(chainDivert)), on(flow.Own, goTo(chainLocalOwn)),
-	}))
 	s.add(switchMark(fieldMetaMark, b.Marks.Mask(), []branch{
 		on(flow.Reject, goTo("refuse_marked")),
 		on(flow.HostUnreachable, goTo("host_unreachable")),
@@ -69,16 +68,25 @@ func (b *builder) exhausted() {
 
 // forward lets nothing pass but kernel flows.
 //
-//	ct mark and MASK vmap { K : goto carry, K with the cut bit : goto cut, ONE WAY : accept }
+//	ct mark and MASK == K accept (with a flowtable: goto carry)
+//	ct mark and MASK vmap { K with the cut bit : goto cut, ONE WAY : accept }
+//	meta mark and MASK == K ct mark set K goto carry
 //	counter name "unmarked" drop
+//
+// The third rule is for what a rule that fails open lets pass unqueued.
 func (b *builder) forward() error {
 	f := b.base("forward", filterHook("forward", unix.NF_INET_FORWARD, priorityFilter, nftables.ChainPolicyDrop))
+	carried := accept()
+	if len(b.Flowtable) > 0 {
+		carried = goTo(chainCarry)
+	}
+	f.add(masked(fieldCtMark, b.Marks.Mask(), b.mark(flow.Kernel)), carried)
 	f.add(switchMark(fieldCtMark, b.Marks.Mask(), []branch{
-		{[]value{markValue(b.mark(flow.Kernel))}, goTo(chainCarry)},
 		{[]value{markValue(b.Marks.CutValue(flow.Kernel))}, goTo(chainCut)},
 		// Never offloaded: arrive drops its answers.
 		{[]value{markValue(b.Marks.OneWay())}, accept()},
 	}))
+	f.add(masked(fieldMetaMark, b.Marks.Mask(), b.mark(flow.Kernel)), masked(fieldCtMark, b.Marks.Mask(), 0), b.putPath(fieldCtMark, flow.Kernel), goTo(chainCarry))
 	f.add(count(counterUnmarked), drop())
 
 	b.chain(chainCarry).rules = carryChain(len(b.Flowtable) > 0)
@@ -101,9 +109,11 @@ func carryChain(offloading bool) []rule {
 // from the client's own address: they have the same tuple, so the upstream leg
 // gets a conntrack zone of its own, on the way out by the socket's mark, on
 // the way in by the socket that waits for the packet. It also marks every
-// upstream leg.
+// upstream leg. The way in looks a socket up for every packet of every flow, so
+// that its chain waits for the first flow of user space.
 func (b *builder) upstreamZone() error {
 	arriving := b.base("zone_in", prerouting(priorityRaw))
+	arriving.onDemand = true
 	ifaces, every := b.upstreamInterfaces()
 	if every || len(ifaces) > 0 {
 		takeover := rule{oneOf(fieldL4Proto, protoValue(flow.TCP), protoValue(flow.UDP), protoValue(flow.ICMP), protoValue(flow.ICMPv6)),
@@ -120,7 +130,7 @@ func (b *builder) upstreamZone() error {
 	out.add(b.hasPath(fieldMetaMark, flow.Reject), untrack(), accept())
 	out.add(b.hasPath(fieldMetaMark, flow.Own), isNot(fieldSaddrType, typeLocal), goTo("zone_leg"))
 
-	own := b.base("own_out", output(prioritySteer))
+	own := b.base("own_out", output(priorityOwn))
 	own.add(b.hasPath(fieldMetaMark, flow.Own), masked(fieldCtMark, b.Marks.Mask(), 0), b.putPath(fieldCtMark, flow.Own))
 
 	b.zoneChains(every || len(ifaces) > 0)

@@ -30,6 +30,10 @@ type Table struct {
 	// The rest belongs to the owner goroutine.
 	sock    *socket
 	holders holders
+	// demanded says that the chains on demand are wanted; demand are those of
+	// the ruleset that was loaded last.
+	demanded bool
+	demand   []*chain
 	// commits counts transactions with permissions, for tests.
 	commits int
 }
@@ -181,6 +185,7 @@ func (t *Table) apply(group []*change) {
 	t.commits++
 	switch {
 	case err == nil:
+		t.holders.gates.opened(now)
 		t.holders.end()
 		for _, c := range group {
 			c.result <- c.refused
@@ -208,6 +213,7 @@ func (t *Table) alone(c *change) error {
 		t.holders.take(c, now)
 		t.clear(t.holders.touchedSlots())
 		if err = t.commit(t.holders.transaction(now)); err == nil {
+			t.holders.gates.opened(now)
 			t.holders.end()
 			return nil
 		}

@@ -56,6 +56,10 @@ func TestDownRestoresWhatPrepareChanged(t *testing.T) {
 		!slices.Contains(first.Changed, "net/netfilter/nf_conntrack_acct") {
 		t.Errorf("prepared: %+v", first)
 	}
+	if rules := s.sh("ip rule; ip -6 rule"); strings.Contains(rules, "lookup 4100") {
+		t.Errorf("every flow pays for a rule that none needs yet:\n%s", rules)
+	}
+	s.in(func() error { _, err := testSteering(t).Install(); return err })
 	s.nft("table inet sluice { set x { type ipv4_addr; flags timeout; } \n }")
 	during := s.snapshot()
 	for _, line := range []string{"net.ipv4.ip_forward = 1", "net.ipv6.conf.lan0.forwarding = 1", "net.netfilter.nf_conntrack_events = 1",
@@ -115,7 +119,10 @@ func TestPrepareFollowsAMovedMark(t *testing.T) {
 	dir := t.TempDir()
 	before := s.snapshot()
 	made(s, func() (Prepared, error) { return Prepare(dir, testSteering(t)) })
-	made(s, func() (Prepared, error) { return Prepare(dir, NewSteering(testMarks(t), 4200, 50)) })
+	s.in(func() error { _, err := testSteering(t).Install(); return err })
+	moved := NewSteering(testMarks(t), 4200, 50)
+	made(s, func() (Prepared, error) { return Prepare(dir, moved) })
+	s.in(func() error { _, err := moved.Install(); return err })
 	if rules := s.sh("ip rule; ip -6 rule"); strings.Contains(rules, "4100:\tfrom all fwmark 0x6000000") || strings.Count(rules, "lookup 4200") != 2 {
 		t.Errorf("rules:\n%s", rules)
 	}

@@ -69,6 +69,8 @@ type chain struct {
 	name  string
 	hook  *hook
 	rules []rule
+	// onDemand: it is not in the kernel before Table.TakeOver.
+	onDemand bool
 }
 
 // rule is a row of statements, read from left to right until one of them does

@@ -71,18 +71,56 @@ func (t *Table) load(s *socket, r Ruleset) error {
 		tx.addTable()
 		old = newExisting()
 	}
-	tx.replace(old, r)
+	tx.replace(old, r.demanded(func(name string) bool { _, there := old.chains[name]; return there || t.demanded }))
 	restored := t.restore(tx, old, r)
 	if err := s.commit(tx); err != nil {
 		return err
 	}
 	t.holders.loaded(r.outMapNames())
+	t.demand = slices.DeleteFunc(slices.Clone(r.chains), func(c *chain) bool { return !c.onDemand })
 	// A table that is all new holds nothing but what was restored.
 	t.holders.known = t.holders.known || len(old.sets) == 0
 	if restored > 0 {
 		t.log.Sugar().Infof("put %d elements of permissions back into the new table", restored)
 	}
 	return nil
+}
+
+// TakeOver puts the chains into the table that only flows of user space need,
+// and that cost every other packet something: from then on they stay. It may be
+// repeated, before Load as well. They are there when it returns without an
+// error.
+func (t *Table) TakeOver() error {
+	return t.do(context.Background(), func() error {
+		if t.demanded {
+			return nil
+		}
+		old, err := t.sock.existing()
+		if err != nil {
+			return fmt.Errorf("list the table: %w", err)
+		}
+		tx := &transaction{}
+		for _, c := range t.demand {
+			if _, there := old.chains[c.name]; there {
+				continue
+			}
+			tx.addChain(c)
+			for _, rule := range c.rules {
+				tx.addRule(c.name, rule)
+			}
+		}
+		if err := t.commit(tx); err != nil {
+			return fmt.Errorf("add the chains for flows of user space: %w", err)
+		}
+		t.demanded = true
+		return nil
+	})
+}
+
+// demanded leaves out the chains on demand that are not there.
+func (r Ruleset) demanded(there func(name string) bool) Ruleset {
+	r.chains = slices.DeleteFunc(slices.Clone(r.chains), func(c *chain) bool { return c.onDemand && !there(c.name) })
+	return r
 }
 
 // replace is the whole change. The order is the kernel's: what is pointed at

@@ -97,7 +97,11 @@ func TestLoadEqualsText(t *testing.T) {
 		}
 		byText, byGo := newSpace(t), newSpace(t)
 		byText.nft(r.String())
-		mustLoad(t, openTable(t, byGo), r)
+		table := openTable(t, byGo)
+		if err := table.TakeOver(); err != nil {
+			t.Fatal(err)
+		}
+		mustLoad(t, table, r)
 		for _, list := range []string{"nft list ruleset", "nft --debug=netlink list ruleset"} {
 			want, got := byText.sh(list), byGo.sh(list)
 			if strings.Contains(list, "debug") {
@@ -269,6 +273,39 @@ func TestLoadReplacesAndRestores(t *testing.T) {
 	}
 }
 
+// The chains that only flows of user space need are there from the first such
+// flow on, and stay.
+func TestChainsOnDemand(t *testing.T) {
+	s := newSpace(t)
+	table := openTable(t, s)
+	o := testOptions(t)
+	o.Native = false
+	r := mustBuild(t, twoZones(), o)
+	there := func(want bool, when string) {
+		t.Helper()
+		list := s.sh("nft list table inet sluice")
+		if got := strings.Contains(list, "chain zone_in {\n\t\ttype filter hook prerouting priority raw; policy accept;\n\t\tiifname"); got != want {
+			t.Errorf("%s: zone_in is there: %v\n%s", when, got, list)
+		}
+	}
+	mustLoad(t, table, r)
+	there(false, "loaded")
+	for range 2 {
+		if err := table.TakeOver(); err != nil {
+			t.Fatal(err)
+		}
+		there(true, "after a takeover")
+		mustLoad(t, table, r)
+		there(true, "loaded again")
+	}
+	s.sh("nft delete table inet sluice")
+	mustLoad(t, table, r)
+	there(true, "after somebody deleted the table")
+	next := openTable(t, s)
+	mustLoad(t, next, r)
+	there(true, "adopted by the next run")
+}
+
 // Ten thousand boxes load: their elements need more than one message.
 func TestLoadManyBoxes(t *testing.T) {
 	in := twoZones()
@@ -285,7 +322,7 @@ func TestLoadManyBoxes(t *testing.T) {
 	start := time.Now()
 	mustLoad(t, table, mustBuild(t, in, o))
 	t.Logf("10000 boxes in %s", time.Since(start))
-	if n := strings.Count(s.sh("nft list map inet sluice p1_2_ports4_0"), "goto carry_first"); n != 10_000 {
+	if n := strings.Count(s.sh("nft list map inet sluice p1_2_ports4_0"), "goto carry_plain"); n != 10_000 {
 		t.Errorf("the kernel has %d boxes", n)
 	}
 	mustLoad(t, table, mustBuild(t, twoZones(), o))

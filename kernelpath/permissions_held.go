@@ -31,6 +31,7 @@ type holders struct {
 	// lingering are the slots that stay for a while after their permission, in
 	// the order of their ends but for those that linger for less.
 	lingering []lingerer
+	gates     gates
 }
 
 // lingerer is a slot that nobody holds, and until when it stays.
@@ -82,7 +83,7 @@ func (h *held) lingersUntil() (until time.Time) {
 }
 
 func newHolders() holders {
-	return holders{slots: map[slotKey]*held{}, byID: map[uint64][]slotKey{}}
+	return holders{slots: map[slotKey]*held{}, byID: map[uint64][]slotKey{}, gates: newGates()}
 }
 
 // begin starts a transaction; undo takes everything back that was taken since.
@@ -108,7 +109,7 @@ func (h *holders) begin() (undo func()) {
 	}
 }
 
-func (h *holders) end() { h.touched, h.touchedIDs, h.newest = nil, nil, nil }
+func (h *holders) end() { h.touched, h.touchedIDs, h.newest, h.gates.opening = nil, nil, nil, nil }
 
 // touch keeps what a slot was before the transaction.
 func (h *holders) touch(k slotKey) {
@@ -142,6 +143,9 @@ func (h *holders) take(c *change, now time.Time) {
 		c.refused = err
 	}
 	h.releaseAll(id, now)
+	if !remove {
+		h.gates.open(c.permission, now)
+	}
 	for _, s := range slots {
 		k := s.at()
 		h.touch(k)
@@ -323,6 +327,7 @@ func (h *holders) transaction(now time.Time) *transaction {
 			fresh[k.set] = append(fresh[k.set], e)
 		}
 	}
+	h.gates.change(gone, fresh, now)
 	for _, name := range sortedKeys(gone) {
 		s := &set{name: name}
 		tx.addElements(s, 0, gone[name])
@@ -348,6 +353,7 @@ func (t *Table) restore(tx *transaction, old *existing, r Ruleset) int {
 			n++
 		}
 	}
+	t.holders.gates.restore(func(set string) bool { _, there := old.sets[set]; return there }, fresh, now)
 	for _, name := range sortedKeys(fresh) {
 		tx.addElements(&set{name: name}, 0, fresh[name])
 	}

@@ -44,7 +44,7 @@ func permissionSetNames() []string {
 	var names []string
 	for _, f := range []family{ipv4, ipv6} {
 		names = append(names, setOnce(f), setPermit(f), setOnceAny(f), setPermitAny(f), setWide(f), setToken(f),
-			mapBind(f), setVia(f), mapSource(f), mapSourceAddr(f), mapSourcePort(f), mapInside(f))
+			setGate(f), mapBind(f), setVia(f), mapSource(f), mapSourceAddr(f), mapSourcePort(f), mapInside(f))
 	}
 	return names
 }

@@ -218,6 +218,5 @@ func Prepare(dir string, steer Steering) (p Prepared, err error) {
 		}
 		p.Changed = append(p.Changed, n.path)
 	}
-	_, err = steer.Install()
-	return p, err
+	return p, steer.Prepare()
 }

@@ -83,8 +83,8 @@ func runCommand(input, name string, args ...string) error {
 	return nil
 }
 
-// queueRules ask for UDP 7000-7999 and TCP 8000-8999 of both families, and
-// read the mark in the next chain.
+// queueRules ask for UDP 7000-7999 and TCP 8000-8999 of both families, and read
+// the mark when the packet comes again.
 const queueRules = `
 table inet sluice {
 	chain refuse {
@@ -96,15 +96,11 @@ table inet sluice {
 	chain arrive {
 		type filter hook prerouting priority -155; policy accept;
 		ct mark & 0x07000000 == 0x05000000 accept
-		udp dport 7000-7999 goto ask
-		tcp dport 8000-8999 tcp flags & (fin|syn|rst|ack) == syn goto ask
-	}
-	chain steer {
-		type filter hook prerouting priority -150; policy accept;
-		ct mark & 0x07000000 == 0x05000000 accept
 		meta mark & 0x07000000 == 0x01000000 goto refuse
 		meta mark & 0x07000000 == 0x05000000 ct mark set 0x05000000 accept
 		meta mark & 0x07000000 == 0x06000000 ct mark set 0x05000000 accept
+		udp dport 7000-7999 goto ask
+		tcp dport 8000-8999 tcp flags & (fin|syn|rst|ack) == syn goto ask
 		udp dport 7000-7999 drop
 		tcp dport 8000-8999 drop
 	}

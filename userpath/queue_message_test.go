@@ -39,7 +39,7 @@ func TestParseQueued(t *testing.T) {
 }
 
 func TestParseNetlinkErrorNamesThePacket(t *testing.T) {
-	refused := appendVerdict(nil, labQueue, 4711, nfAccept)
+	refused := appendVerdict(nil, labQueue, 4711, nfRepeat)
 	binary.NativeEndian.PutUint32(refused, uint32(len(refused)))
 	code := -int32(unix.ENOENT)
 	e, ok := parseNetlinkError(append(binary.NativeEndian.AppendUint32(nil, uint32(code)), refused...))
@@ -59,7 +59,7 @@ func TestVerdictKeepsOthersMarkBits(t *testing.T) {
 	v.requeue(heldPacket{sock: s, id: 10}, 20)
 	v.path(heldPacket{sock: s, id: 11}, flow.Own) // never a packet's path
 	want := []struct{ id, verdict, mark uint32 }{
-		{9, nfAccept, 0xf1f2f3f4&^flow.DefaultMask | 0x01000000}, {10, nfQueue | 20<<16, 0}, {11, nfDrop, 0},
+		{9, nfRepeat, 0xf1f2f3f4&^flow.DefaultMask | 0x01000000}, {10, nfQueue | 20<<16, 0}, {11, nfDrop, 0},
 	}
 	for rest := v.buf; ; {
 		kind, _, body, next, ok := netlinkMessage(rest)

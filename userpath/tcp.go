@@ -36,6 +36,10 @@ type TCPConfig struct {
 	Log   *zap.Logger
 	// Port of the listeners on 127.0.0.1 and ::1; 0: one that is free.
 	Port uint16
+	// Steer makes sure, before a flow is carried, that its packets are led to
+	// the sockets of the gateway. It is called for each flow, and its error
+	// ends the flow. nil: they always are.
+	Steer func() error
 	// WaitForInitiator and Linger: see the defaults.
 	WaitForInitiator, Linger time.Duration
 	// Loops is the number of goroutines that carry bytes; the default is one
@@ -104,6 +108,9 @@ func NewTCP(cfg TCPConfig) (*TCP, error) {
 func newTCP(cfg TCPConfig) (*TCP, error) {
 	if cfg.Log == nil {
 		return nil, errors.New("make a TCP pump: no logger")
+	}
+	if cfg.Steer == nil {
+		cfg.Steer = func() error { return nil }
 	}
 	if cfg.WaitForInitiator <= 0 {
 		cfg.WaitForInitiator = DefaultWaitForInitiator
@@ -257,6 +264,9 @@ func (t *TCP) undialled(f *tcpFlow, job tcpJob, err error) flow.Path {
 // dial makes the upstream connection. With a flow and an error, the flow is
 // being taken down and the caller counts it out of t.flows.
 func (t *TCP) dial(ctx context.Context, job tcpJob) (*tcpFlow, error) {
+	if err := t.cfg.Steer(); err != nil {
+		return nil, err
+	}
 	fd, err := startDial(job.dial, t.cfg.Marks)
 	if err != nil {
 		return nil, err

@@ -61,6 +61,9 @@ func (t *TCP) open(ctx context.Context, job tcpJob) (*tcpFlow, error) {
 	if len(job.chain) == 0 || job.initiatorExternal {
 		return nil, errNoEmulation
 	}
+	if err := t.cfg.Steer(); err != nil {
+		return nil, err
+	}
 	return t.begin(job, -1)
 }
 

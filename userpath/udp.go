@@ -39,6 +39,8 @@ type UDPConfig struct {
 	Log   *zap.Logger
 	// Port of the listeners on 127.0.0.1 and ::1; 0: one that is free.
 	Port uint16
+	// Steer is that of TCPConfig.
+	Steer func() error
 	// PeerIdle ends a flow that carried nothing for that long.
 	PeerIdle time.Duration
 	// SocketIdle closes the upstream socket of a client socket that carried

@@ -108,6 +108,11 @@ func (u *UDP) prepare(q udpRequest, key udpKey) (*udpFlow, error) {
 	if err := u.check(q); err != nil {
 		return nil, fmt.Errorf("take over %s: %w", q.tuple, err)
 	}
+	if u.config.Steer != nil {
+		if err := u.config.Steer(); err != nil {
+			return nil, fmt.Errorf("take over %s: %w", q.tuple, err)
+		}
+	}
 	var pumpKey udpPumpKey
 	if q.upstream() {
 		var err error

@@ -11,8 +11,8 @@ import (
 // Netfilter's verdicts (linux/netfilter.h).
 const (
 	nfDrop   = 0
-	nfAccept = 1
 	nfQueue  = 3 // with the queue's number in the upper half
+	nfRepeat = 4 // the chain that queued the packet sees it again, with its mark
 )
 
 // Sizes of a verdict message without and with a mark.
@@ -27,12 +27,13 @@ const (
 const maxVerdicts = 32
 
 // pathVerdict is what the kernel is told about a packet of a path. Refusals
-// are accepted too: the next chain reads them in the mark and answers. Only
-// what carries or answers may pass; everything else drops.
+// go back too: the chain that queued the packet reads the path in its mark, now
+// that it has one, and answers. Only what carries or answers may pass;
+// everything else drops.
 func pathVerdict(p flow.Path) uint32 {
 	switch p {
 	case flow.Kernel, flow.User, flow.Reject, flow.HostUnreachable, flow.NetUnreachable, flow.PortUnreachable, flow.Exhausted:
-		return nfAccept
+		return nfRepeat
 	}
 	return nfDrop
 }
@@ -66,7 +67,7 @@ func (v *verdicts) path(h heldPacket, p flow.Path) {
 		v.count.exhausted.Add(1)
 	}
 	v.room(h.sock)
-	v.buf = appendVerdict(v.buf, h.sock.number, h.id, nfAccept)
+	v.buf = appendVerdict(v.buf, h.sock.number, h.id, nfRepeat)
 	v.buf = appendAttr32(v.buf, nfqaMark, v.marks.Put(h.mark, p))
 	v.closeMessage(verdictMarkLen)
 }

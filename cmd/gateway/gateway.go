@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -39,6 +40,10 @@ type gateway struct {
 	queues  *userpath.Queues
 	tcp     *userpath.TCP
 	udp     *userpath.UDP
+
+	way      kernelpath.Steering
+	steering sync.Mutex
+	steered  atomic.Bool // packets are led to the sockets of user space
 
 	change sync.Mutex // one change of the policy at a time
 	cfg    *config.Config

@@ -26,10 +26,10 @@ func (g *gateway) checkPorts() error {
 	return r.Check()
 }
 
-// prepareHost sets the sysctls and the policy routing. It comes after the
+// prepareHost sets the sysctls and the routes of the policy routing. It comes after the
 // table, or a host that did not forward would forward unfiltered meanwhile.
 func (g *gateway) prepareHost() error {
-	p, err := kernelpath.Prepare("", steering(g.bits, g.cfg.Marks))
+	p, err := kernelpath.Prepare("", g.way)
 	if err != nil {
 		return err
 	}
@@ -42,6 +42,28 @@ func (g *gateway) prepareHost() error {
 	if len(p.Missing) > 0 {
 		g.log.Warn("sysctls that this kernel does not have", zap.Strings("missing", p.Missing))
 	}
+	return nil
+}
+
+// steer leads the packets of user space's flows to it, from the first such flow
+// on: until then no other flow pays for that.
+func (g *gateway) steer() error {
+	if g.steered.Load() {
+		return nil
+	}
+	g.steering.Lock()
+	defer g.steering.Unlock()
+	if g.steered.Load() {
+		return nil
+	}
+	if err := g.TakeOver(); err != nil {
+		return fmt.Errorf("steer flows to user space: %w", err)
+	}
+	if _, err := g.way.Install(); err != nil {
+		return fmt.Errorf("steer flows to user space: %w", err)
+	}
+	g.steered.Store(true)
+	g.log.Info("the first flow of user space: packets are steered to the gateway's sockets from now on")
 	return nil
 }
 

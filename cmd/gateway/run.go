@@ -125,13 +125,14 @@ func (l *ladder) down() {
 // is loaded.
 func (g *gateway) open(undo *ladder) (err error) {
 	m := g.cfg.Marks
-	if g.tcp, err = userpath.NewTCP(userpath.TCPConfig{Marks: m.Bits, Log: g.log.Named("tcp")}); err != nil {
+	g.way = steering(g.bits, m)
+	if g.tcp, err = userpath.NewTCP(userpath.TCPConfig{Marks: m.Bits, Log: g.log.Named("tcp"), Steer: g.steer}); err != nil {
 		return err
 	}
 	g.task("tcp", g.tcp.Run)
 	g.facts.tproxyPort = g.tcp.Port()
 	if g.udp, err = userpath.NewUDP(userpath.UDPConfig{
-		Marks: m.Bits, Log: g.log.Named("udp"), Port: g.tcp.Port(),
+		Marks: m.Bits, Log: g.log.Named("udp"), Port: g.tcp.Port(), Steer: g.steer,
 		PeerIdle: time.Duration(g.cfg.UDP.PeerIdle) * time.Second, SocketIdle: time.Duration(g.cfg.UDP.SocketIdle) * time.Second,
 		Decide: func(ctx context.Context, p flow.Packet) engine.Decision { return g.engine.Decide(ctx, p) },
 	}); err != nil {

@@ -1,0 +1,107 @@
+package kernelpath
+
+import (
+	"time"
+
+	"github.com/sluicegw/sluice/nat"
+)
+
+// gates is the owner goroutine's record of the sets of that name (setGate): the
+// destinations that the first packets of permitted flows go to, and until when
+// they are in the kernel; zero: for ever.
+//
+// A gate lets nobody in; it only has those packets looked at. So it may stay
+// longer than its permissions, and they need not be counted: very many of them
+// may be for one address.
+type gates struct {
+	until map[slotKey]time.Time
+	// opening are those of the running transaction.
+	opening map[slotKey]opening
+	swept   time.Time
+}
+
+type opening struct {
+	elem  element
+	until time.Time
+}
+
+// gateLasts is how much longer than its permission a gate stays: the next one
+// for the same address then changes nothing.
+const gateLasts = 10 * time.Minute
+
+func newGates() gates { return gates{until: map[slotKey]time.Time{}} }
+
+// open has a permission's destination looked at.
+func (g *gates) open(p nat.Permission, now time.Time) {
+	to, err := destinationOf(p)
+	if err != nil {
+		return
+	}
+	raw := to.Addr().AsSlice()
+	k := slotKey{setGate(familyOf(to.Addr().Is6())), string(raw)}
+	var until time.Time
+	if p.Timeout > 0 {
+		until = now.Add(p.Timeout)
+	}
+	if have, ok := g.until[k]; ok && covers(have, until) {
+		return
+	}
+	if have, ok := g.opening[k]; ok && covers(have.until, until) {
+		return
+	}
+	if !until.IsZero() {
+		until = until.Add(gateLasts)
+	}
+	if g.opening == nil {
+		g.opening = map[slotKey]opening{}
+	}
+	g.opening[k] = opening{element{text: to.Addr().String(), key: raw}, until}
+}
+
+// covers says whether a gate that is open until have is open until want.
+func covers(have, want time.Time) bool {
+	return have.IsZero() || !want.IsZero() && !have.Before(want)
+}
+
+// change adds what opens to the elements of a transaction: what may be there
+// goes first, so that its time begins anew.
+func (g *gates) change(gone, fresh map[string][]element, now time.Time) {
+	for k, o := range g.opening {
+		gone[k.set] = append(gone[k.set], o.elem)
+		if !o.until.IsZero() {
+			o.elem.timeout = o.until.Sub(now)
+		}
+		fresh[k.set] = append(fresh[k.set], o.elem)
+	}
+}
+
+// opened is told that the kernel has acknowledged.
+func (g *gates) opened(now time.Time) {
+	for k, o := range g.opening {
+		g.until[k] = o.until
+	}
+	g.opening = nil
+	if now.Sub(g.swept) < gateLasts {
+		return
+	}
+	g.swept = now
+	for k, until := range g.until {
+		if !until.IsZero() && until.Before(now) {
+			delete(g.until, k)
+		}
+	}
+}
+
+// restore gives the elements of a set that is new.
+func (g *gates) restore(there func(set string) bool, fresh map[string][]element, now time.Time) {
+	for k, until := range g.until {
+		left := time.Duration(0)
+		if !until.IsZero() {
+			left = until.Sub(now)
+		}
+		if left < 0 || there(k.set) {
+			continue
+		}
+		fresh[k.set] = append(fresh[k.set], element{text: k.key, key: []byte(k.key), timeout: left})
+	}
+}
