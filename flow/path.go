@@ -64,8 +64,8 @@ const DefaultMask = 0x0f000000
 //
 // One value of the conntrack mark stands for itself, because a living flow is
 // never refused: the cut bit with the path Reject is a kernel flow that passes
-// one way only (see OneWay). So does one value of the packet mark, see Plain. All bits outside the mask are other people's and
-// are kept.
+// one way only (see OneWay). So does one value of the packet mark, see Plain.
+// All bits outside the mask are other people's and are kept.
 type Marks struct {
 	shift uint
 }

@@ -33,7 +33,7 @@ func (f family) askedSocket() []field { return []field{f.asked[1], fieldL4Proto,
 
 // publish adds the tables of what is published at addresses of the gateway.
 //
-//	chain arrive {
+//	chain first {
 //		... (after the permissions)
 //		meta nfproto ipv4 ip daddr @published_at fib daddr type local goto published
 //	}
