@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/sluicegw/sluice/flow"
-	"github.com/sluicegw/sluice/nat"
 	"github.com/sluicegw/sluice/policy"
 )
 
@@ -25,8 +24,8 @@ type Config struct {
 	Queue Queue
 	// Marks is marks.
 	Marks Marks
-	// Ports is ports. Own is left zero: it is the kernel's.
-	Ports nat.Ranges
+	// Ports is ports.
+	Ports Ports
 	// Flowtable is flowtable: true for auto, false for off.
 	Flowtable bool
 	// UDP is udp.
@@ -119,7 +118,7 @@ func Default() *Config {
 		ReversePath: ReversePathStrict,
 		Queue:       Queue{Form: QueueAuto, First: 4100, Number: 2, Length: 4096, AnswerMS: 800},
 		Marks:       Marks{Bits: bits, Table: 4100, Priority: 4100, Zone: 4100, LogGroup: 4100},
-		Ports:       nat.Ranges{Kernel: nat.Range{Lo: 10000, Hi: 32767}, Leases: nat.Range{Lo: 61000, Hi: 65535}},
+		Ports:       defaultPorts(),
 		Flowtable:   true,
 		UDP:         UDP{PeerIdle: 120, SocketIdle: 300},
 		Log:         Log{Level: "info", Format: "auto"},

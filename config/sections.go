@@ -4,7 +4,6 @@ import (
 	"github.com/goccy/go-yaml/ast"
 
 	"github.com/sluicegw/sluice/flow"
-	"github.com/sluicegw/sluice/nat"
 )
 
 // Parse checks the text of a file; name is what errors call it. All errors
@@ -147,27 +146,6 @@ func (r *reader) marks(n ast.Node, m *Marks) {
 		"zone":      func(n ast.Node) { setNumber(r, n, "marks.zone", &m.Zone, 1, 65535) },
 		"log_group": func(n ast.Node) { setNumber(r, n, "marks.log_group", &m.LogGroup, 1, 65535) },
 	})
-}
-
-// firstPort is the lowest that a translation may take: those below are for
-// services.
-const firstPort = 1024
-
-func (r *reader) ports(n ast.Node, p *nat.Ranges) {
-	set := func(what string, at *nat.Range) func(ast.Node) {
-		return func(n ast.Node) {
-			if v, ok := r.span(n, what, firstPort, 65535); ok {
-				*at = v
-			}
-		}
-	}
-	r.section(n, "ports", map[string]func(ast.Node){
-		"kernel": set("ports.kernel", &p.Kernel),
-		"leases": set("ports.leases", &p.Leases),
-	})
-	if p.Kernel.Lo <= p.Leases.Hi && p.Leases.Lo <= p.Kernel.Hi {
-		r.fail(n, "ports: kernel %s and leases %s overlap", p.Kernel, p.Leases)
-	}
 }
 
 // maxIdle bounds how long a UDP flow may be idle, in seconds: a day.

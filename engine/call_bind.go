@@ -135,11 +135,31 @@ func (s *session) findPlace(b filterapi.Bind, t terms) (place, error) {
 			return x, err
 		}
 	}
-	first, ok := s.e.ports.LeaseFor(s.addr, b.Proto, addr, n, even)
-	if !ok {
-		return place{}, filterapi.ErrNoPorts
+	first, err := s.lease(nat.Request{Proto: b.Proto, Addrs: []netip.Addr{addr}, N: n, Even: even})
+	if err != nil {
+		return place{}, err
 	}
 	return place{first: first, leased: true}, nil
+}
+
+// lease takes ports for the session's client.
+func (s *session) lease(r nat.Request) (netip.AddrPort, error) {
+	r.Holder = s.addr
+	at, err := s.e.ports.Take(r)
+	return at, noLease(err)
+}
+
+// noLease says in filterapi's words why the allocator gave nothing.
+func noLease(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, nat.ErrQuota):
+		return fmt.Errorf("%w: %w", filterapi.ErrQuota, err)
+	case errors.Is(err, nat.ErrLeased):
+		return fmt.Errorf("%w: %w", filterapi.ErrAlreadyExists, err)
+	}
+	return fmt.Errorf("%w: %w", filterapi.ErrNoPorts, err)
 }
 
 // leaseExact leases ports from a certain one on.
@@ -147,11 +167,8 @@ func (s *session) leaseExact(proto flow.Proto, at netip.AddrPort, n int, even bo
 	if even && at.Port()%2 != 0 {
 		return place{}, fmt.Errorf("external port %d is not even: %w", at.Port(), filterapi.ErrInvalidArgument)
 	}
-	switch err := s.e.ports.LeaseExact(proto, at, n); {
-	case errors.Is(err, nat.ErrLeased):
-		return place{}, fmt.Errorf("%w: %w", filterapi.ErrAlreadyExists, err)
-	case err != nil:
-		return place{}, fmt.Errorf("%w: %w", filterapi.ErrNoPorts, err)
+	if err := noLease(s.e.ports.LeaseExactFor(s.addr, proto, at, n)); err != nil {
+		return place{}, err
 	}
 	return place{first: at, leased: true}, nil
 }

@@ -79,9 +79,9 @@ func (s *session) leaseInside(proto flow.Proto, perms []*permission) (netip.Addr
 	if err != nil || !s.plain(inside) {
 		return netip.AddrPort{}, fmt.Errorf("no address of the gateway towards the client: %w", filterapi.ErrNetworkDenied)
 	}
-	first, ok := s.e.ports.LeaseFor(s.addr, proto, inside, len(perms), false)
-	if !ok {
-		return netip.AddrPort{}, filterapi.ErrNoPorts
+	first, err := s.lease(nat.Request{Proto: proto, Addrs: []netip.Addr{inside}, N: len(perms)})
+	if err != nil {
+		return netip.AddrPort{}, err
 	}
 	for i, p := range perms {
 		p.Via = netip.AddrPortFrom(inside, first.Port()+uint16(i))

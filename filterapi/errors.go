@@ -32,8 +32,8 @@ var (
 	ErrNotSupported = errors.New("not supported")
 	// ErrNoPorts: no free run of external ports of the wanted length.
 	ErrNoPorts = errors.New("no free external ports")
-	// ErrQuota: the client holds as many permissions as it may.
-	ErrQuota = errors.New("permission quota of the client is used up")
+	// ErrQuota: the client holds as many permissions, or ports, as it may.
+	ErrQuota = errors.New("quota of the client is used up")
 	// ErrReleased, returned by DataFilter.Pump, gives the flow back, by the
 	// rules that stand there. Returned by a Socket it says that the filter has
 	// done so: nothing was received or sent.

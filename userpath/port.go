@@ -9,8 +9,12 @@ import (
 )
 
 // PortBusy says whether a socket of this host uses an address and port, by
-// binding it for a moment. What cannot be tried counts as busy.
+// binding it for a moment. What cannot be tried counts as busy. Nobody listens
+// at the identifier of an ICMP query.
 func PortBusy(p flow.Proto, addr netip.AddrPort) bool {
+	if !p.HasPorts() {
+		return false
+	}
 	kind, family := unix.SOCK_STREAM, unix.AF_INET6
 	if p == flow.UDP {
 		kind = unix.SOCK_DGRAM

@@ -1,6 +1,9 @@
 package main
 
-import "fmt"
+import (
+	"fmt"
+	"maps"
+)
 
 // Counters implements control.Gateway.
 func (g *gateway) Counters() map[string]uint64 {
@@ -19,6 +22,11 @@ func (g *gateway) Counters() map[string]uint64 {
 		"conntrack.events": w.Events, "conntrack.losses": w.Losses, "conntrack.malformed": w.Malformed,
 		"reports.losses": g.reports.Lost(),
 	}
+	p := g.ports.Stats()
+	maps.Copy(m, map[string]uint64{
+		"ports.leased": uint64(p.Leased), "ports.resting": uint64(p.Resting), "ports.clients": uint64(p.Holders),
+		"ports.blocks": uint64(p.Blocks), "ports.over_quota": p.OverQuota, "ports.exhausted": p.Exhausted,
+	})
 	for _, d := range q.Queues {
 		m[fmt.Sprintf("queue.%d.depth", d.Number)] = uint64(d.Depth)
 		m[fmt.Sprintf("queue.%d.full", d.Number)] = d.Full

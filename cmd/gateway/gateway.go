@@ -37,6 +37,7 @@ type gateway struct {
 	watch   *kernelpath.Watch
 	reports *kernelpath.Reports
 	engine  *engine.Engine
+	ports   *nat.Allocator
 	queues  *userpath.Queues
 	tcp     *userpath.TCP
 	udp     *userpath.UDP
@@ -131,7 +132,7 @@ func needsRestart(a, b *config.Config) string {
 		return "queue"
 	case a.Marks != b.Marks:
 		return "marks"
-	case a.Ports != b.Ports:
+	case !a.Ports.Equal(b.Ports):
 		return "ports"
 	case a.UDP != b.UDP:
 		return "udp"
@@ -242,6 +243,3 @@ func (g *gateway) kernelEnded(f kernelpath.KernelFlow) {
 	}
 	g.engine.KernelEnded(end)
 }
-
-// portBusy says whether the gateway's own host uses a port, by trying it.
-func portBusy(e nat.Endpoint) bool { return userpath.PortBusy(e.Proto, e.Addr) }

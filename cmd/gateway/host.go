@@ -21,7 +21,7 @@ func (g *gateway) checkPorts() error {
 	if err != nil {
 		return err
 	}
-	r := g.cfg.Ports
+	r := g.cfg.Ports.Ranges
 	r.Own = own
 	return r.Check()
 }

@@ -47,6 +47,13 @@ var meanings = map[string]string{
 	"udp.errors_sent":    "ICMP errors passed on",
 	"udp.errors_limited": "ICMP errors held back by the rate limit",
 
+	"ports.leased":     "external ports at lease now",
+	"ports.resting":    "external ports in quarantine now",
+	"ports.clients":    "who has them, the gateway itself among them",
+	"ports.blocks":     "blocks of ports that clients have now",
+	"ports.over_quota": "requests for a port refused: the client had all that one may have",
+	"ports.exhausted":  "requests for a port refused: none was left",
+
 	"reports.losses": "times that reports of denials and permissions were lost",
 }
 

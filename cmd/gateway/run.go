@@ -18,7 +18,6 @@ import (
 	"github.com/sluicegw/sluice/engine"
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/kernelpath"
-	"github.com/sluicegw/sluice/nat"
 	"github.com/sluicegw/sluice/userpath"
 )
 
@@ -150,9 +149,10 @@ func (g *gateway) open(undo *ladder) (err error) {
 	}
 	undo.add(func() { _ = g.cutter.Close() })
 	g.task("cut", g.cutter.Run)
-	ports := nat.NewAllocator(g.cfg.Ports.Leases, portBusy, time.Now)
+	g.ports = g.allocator()
+	g.task("ports", g.sweepPorts)
 	if g.engine, err = engine.New(engine.Config{
-		Policy: g.policy, Filters: g.filters, Kernel: g, User: user, Routes: g.routes, Ports: ports, KernelPorts: g.cfg.Ports.Kernel, Log: g.log,
+		Policy: g.policy, Filters: g.filters, Kernel: g, User: user, Routes: g.routes, Ports: g.ports, KernelPorts: g.cfg.Ports.Kernel, Log: g.log,
 		Answer: g.cfg.Queue.Answer(),
 	}); err != nil {
 		return err

@@ -1,0 +1,99 @@
+package config
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/goccy/go-yaml/ast"
+
+	"github.com/sluicegw/sluice/nat"
+)
+
+// Ports is the section ports: what external ports come from, and how many one
+// client may have.
+type Ports struct {
+	// Ranges are kernel, leases and well_known. Own is left zero: it is the
+	// kernel's.
+	nat.Ranges
+	Quota      uint32 // quota: leases of one client, of each protocol
+	Quarantine uint32 // quarantine: seconds that a returned port rests
+	Block      uint32 // block: leases that one client gets at a time; 0: off
+}
+
+// Equal says whether two sections say the same.
+func (p Ports) Equal(q Ports) bool {
+	return slices.Equal(p.Leases, q.Leases) && p.Kernel == q.Kernel && p.WellKnown == q.WellKnown && p.Own == q.Own &&
+		p.Quota == q.Quota && p.Quarantine == q.Quarantine && p.Block == q.Block
+}
+
+func defaultPorts() Ports {
+	return Ports{
+		Ranges: nat.Ranges{
+			Kernel:    nat.Range{Lo: 10000, Hi: 19999},
+			Leases:    []nat.Range{{Lo: 20000, Hi: 32767}, {Lo: 61000, Hi: 65535}},
+			WellKnown: nat.Range{Lo: 600, Hi: 1023},
+		},
+		Quota: 2048, Quarantine: uint32(nat.Quarantine.Seconds()),
+	}
+}
+
+// The bounds of ports.
+const (
+	// firstPort is the lowest that a translation may take: those below are for
+	// services.
+	firstPort     = 1024
+	maxLeases     = 8 // ranges
+	maxQuarantine = 86400
+	minBlock      = 16
+	maxBlock      = 16384
+)
+
+func (r *reader) ports(n ast.Node, p *Ports) {
+	r.section(n, "ports", map[string]func(ast.Node){
+		"kernel": func(n ast.Node) {
+			if v, ok := r.span(n, "ports.kernel", firstPort, 65535); ok {
+				p.Kernel = v
+			}
+		},
+		"leases": func(n ast.Node) { r.leases(n, p) },
+		"well_known": func(n ast.Node) {
+			if s, ok := n.(*ast.StringNode); ok && s.Value == "off" {
+				p.WellKnown = nat.Range{}
+			} else if v, ok := r.span(n, "ports.well_known", 1, firstPort-1); ok {
+				p.WellKnown = v
+			}
+		},
+		"quota":      func(n ast.Node) { setNumber(r, n, "ports.quota", &p.Quota, 1, 65535) },
+		"quarantine": func(n ast.Node) { setNumber(r, n, "ports.quarantine", &p.Quarantine, 0, maxQuarantine) },
+		"block": func(n ast.Node) {
+			if s, ok := n.(*ast.StringNode); ok && s.Value == "off" {
+				p.Block = 0
+				return
+			}
+			setNumber(r, n, "ports.block", &p.Block, minBlock, maxBlock)
+		},
+	})
+	if err := p.Ranges.Check(); err != nil {
+		r.fail(n, "ports: %s", strings.ReplaceAll(err.Error(), "ports.", ""))
+	}
+	if err := nat.CheckBlocks(p.Leases, int(p.Quota), int(p.Block)); err != nil {
+		r.fail(n, "ports: %v", err)
+	}
+}
+
+// leases reads one range or a list of them.
+func (r *reader) leases(n ast.Node, p *Ports) {
+	var list []nat.Range
+	for _, item := range oneOrMore(n) {
+		v, ok := r.span(item, "ports.leases", firstPort, 65535)
+		if !ok {
+			return
+		}
+		list = append(list, v)
+	}
+	if len(list) == 0 || len(list) > maxLeases {
+		r.fail(n, "ports.leases: want 1 to %d ranges, got %d", maxLeases, len(list))
+		return
+	}
+	p.Leases = list
+}
