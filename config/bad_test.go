@@ -32,7 +32,7 @@ var bad = []struct {
 	{"rules: " + strings.Repeat("- ", 100), []string{"1: nested too deeply"}},
 	{"log: &a {}\ncontrol: *a\n", []string{"1: anchors and aliases are not supported", "1: log: want a mapping, got something else", "2: anchors and aliases are not supported", "2: control: want a mapping, got something else"}},
 	{"log: !!map {}\n", []string{"1: tags and directives are not supported", "1: log: want a mapping, got something else"}},
-	{"1: 2\n", []string{"1: the key 1 is no text", `1: the file: unknown key ""; the keys are control, flowtable, log, marks, network_rules, networks, ports, protocols, queue, reverse_path, rules, udp`}},
+	{"1: 2\n", []string{"1: the key 1 is no text", `1: the file: unknown key ""; the keys are control, flowtable, log, marks, network_rules, networks, pcp, ports, protocols, queue, reverse_path, rules, udp`}},
 	// Duplicate and unknown keys.
 	{"log: {}\n\nlog:\n  level: info\n  level: warn\n", []string{`3: the key "log" stands there twice, first in line 1`, `5: the key "level" stands there twice, first in line 4`}},
 	{"log:\n  levle: info\n", []string{`2: log: unknown key "levle"; the keys are format, level`}},
@@ -63,6 +63,18 @@ var bad = []struct {
 		"4: ports.quota: 0 is not a number from 1 to 65535", "5: ports.block: 8 is not a number from 16 to 16384"}},
 	{"\nports: {quota: 1000, block: 64}\n", []string{"2: ports: a quota of 1000 ports is not a multiple of a block of 64"}},
 	{"\nports: {leases: 20000-20100, block: 128}\n", []string{"2: ports: a block of 128 ports is larger than every range of leases"}},
+	{"pcp:\n  natpmp: 1\n  quota: 65\n  min_lifetime: 600\n  max_lifetime: 300\n  ports: 0-7\n", []string{
+		"2: pcp.natpmp: want true or false, got a number", "2: pcp: min_lifetime 600 is more than max_lifetime 300",
+		"3: pcp.quota: 65 is not a number from 1 to 64", `6: pcp.ports: "0-7" is no number or range from 1 to 65535`}},
+	{frame + "pcp:\n  networks: [in, out, any, mars]\n", []string{
+		`7: pcp.networks: "out" is in the from of no network rule: only hosts inside are served`,
+		`7: pcp.networks: "any" is no network that is defined here`, `7: pcp.networks: "mars" is no network that is defined here`}},
+	{"networks: {in: {interfaces: [lan0]}, out: {interfaces: [wan0]}, too: {interfaces: [wan0], prefixes: 192.0.2.0/24}, bare: {prefixes: 10.0.0.0/8}}\n" +
+		"network_rules: [{name: a, from: in, to: out, relation: nat}, {name: b, from: too, to: in, relation: route}, {name: c, from: bare, to: in, relation: route}]\n" +
+		"reverse_path: loose\npcp: {networks: [in, too, bare]}\n", []string{
+		"4: pcp: needs reverse_path: strict, or hosts outside could ask in the name of others",
+		`4: pcp.networks: "too" is outside: network rule "a" hides others from hosts there`,
+		`4: pcp.networks: "bare" names no interfaces, so that nothing says where it is served`}},
 	{"udp: {peer_idle: 0, socket_idle: 90000}\n", []string{"1: udp.peer_idle: 0 is not a number from 1 to 86400", "1: udp.socket_idle: 90000 is not a number from 1 to 86400"}},
 	{"control: {socket: run/x}\n", []string{`1: control.socket: "run/x" is no clean absolute path of at most 107 bytes`}},
 	// Networks.

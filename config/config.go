@@ -30,6 +30,8 @@ type Config struct {
 	Flowtable bool
 	// UDP is udp.
 	UDP UDP
+	// PCP is pcp.
+	PCP PCP
 	// Log is log.
 	Log Log
 	// Control is control.
@@ -121,6 +123,7 @@ func Default() *Config {
 		Ports:       defaultPorts(),
 		Flowtable:   true,
 		UDP:         UDP{PeerIdle: 120, SocketIdle: 300},
+		PCP:         defaultPCP(),
 		Log:         Log{Level: "info", Format: "auto"},
 		Control:     Control{Socket: "/run/sluice/control.sock"},
 	}

@@ -96,6 +96,7 @@ func TestParseGood(t *testing.T) {
 			Quota:  640, Quarantine: 30, Block: 64,
 		},
 		UDP:     UDP{30, 90},
+		PCP:     defaultPCP(),
 		Log:     Log{"debug", "json"},
 		Control: Control{"/tmp/x.sock"},
 	}

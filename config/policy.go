@@ -17,6 +17,7 @@ type policyText struct {
 	netRules  []policy.NetworkRule
 	protocols []policy.Protocol
 	rules     []policy.Rule
+	pcp       pcpText
 }
 
 // entries are the places of a policyText's parts in the file.

@@ -22,6 +22,7 @@ func Parse(name string, text []byte, parsers OptionParsers) (*Config, error) {
 	r.section(root, "the file", nodes.keys())
 	nodes.read(r, c, &p)
 	r.policy(c, &p)
+	r.pcpNetworks(c, &p)
 	if err := r.result(); err != nil {
 		return nil, err
 	}
@@ -32,7 +33,7 @@ func Parse(name string, text []byte, parsers OptionParsers) (*Config, error) {
 type sectionNodes struct {
 	networks, networkRules, protocols, rules  ast.Node
 	reversePath, queue, marks, ports, offload ast.Node
-	log, control, udp                         ast.Node
+	log, control, udp, pcp                    ast.Node
 }
 
 func (s *sectionNodes) keys() map[string]func(ast.Node) {
@@ -48,6 +49,7 @@ func (s *sectionNodes) keys() map[string]func(ast.Node) {
 		"ports":         keep(&s.ports),
 		"flowtable":     keep(&s.offload),
 		"udp":           keep(&s.udp),
+		"pcp":           keep(&s.pcp),
 		"log":           keep(&s.log),
 		"control":       keep(&s.control),
 	}
@@ -68,6 +70,7 @@ func (s *sectionNodes) read(r *reader, c *Config, p *policyText) {
 	r.marks(s.marks, &c.Marks)
 	r.ports(s.ports, &c.Ports)
 	r.udp(s.udp, &c.UDP)
+	r.pcp(s.pcp, &c.PCP, &p.pcp)
 	r.log(s.log, &c.Log)
 	r.section(s.control, "control", map[string]func(ast.Node){
 		"socket": func(n ast.Node) {

@@ -153,7 +153,7 @@ func (e *Engine) register(f filterapi.Filter) {
 
 // widen notes a registration.
 func (e *Engine) widen(ev filterapi.Events) {
-	if ev.AnyProtocol {
+	if ev.AnyProtocol && ev.Types&(filterapi.ConnectTCP|filterapi.UDPDestination|filterapi.Accepted) != 0 {
 		e.wide.Store(true)
 	}
 }

@@ -44,6 +44,7 @@ func Builtin() []Protocol {
 		{Name: "sips", Matches: tcp(5061)},
 		{Name: "stun", Matches: both(3478)},
 		{Name: "rtsp", Matches: tcp(554)},
+		{Name: "pcp", Matches: udp(5351)}, // and NAT-PMP, RFC 6887 and 6886
 		{Name: "tftp", Matches: udp(69), Filter: "tftp"},
 		{Name: "irc", Matches: ports(flow.TCP, 6665, 6669)},
 		{Name: "ircs", Matches: tcp(6697)},

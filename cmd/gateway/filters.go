@@ -3,6 +3,7 @@ package main
 import (
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/filters/ftp"
+	"github.com/sluicegw/sluice/filters/pcp"
 	"github.com/sluicegw/sluice/filters/sip"
 	"github.com/sluicegw/sluice/filters/tftp"
 )
@@ -17,5 +18,6 @@ func builtin() []filterapi.Filter {
 		ftp.New(),
 		tftp.New(),
 		sip.New(),
+		pcp.New(),
 	}, extra()...)
 }

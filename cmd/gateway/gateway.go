@@ -83,6 +83,7 @@ func (g *gateway) apply(cfg *config.Config, p *policy.Policy) error {
 	}
 	g.engine.SetPolicy(p)
 	g.cfg, g.policy = cfg, p
+	g.servePCP(cfg.PCP, p)
 	return nil
 }
 
