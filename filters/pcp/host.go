@@ -107,8 +107,10 @@ func (h *host) end(at endpoint) {
 
 // tidy forgets what is over.
 func (h *host) tidy(now time.Time) {
+	ended := h.session != nil && h.session.Flags()&filterapi.SessionTerminated != 0
 	for at, m := range h.mappings {
-		if m.over.Load() {
+		if ended || m.over.Load() {
+			h.s.binds.Delete(m.bind)
 			delete(h.mappings, at)
 			continue
 		}
