@@ -225,7 +225,7 @@ func (s *session) behind(b filterapi.Bind, t terms) (netip.Addr, bool, error) {
 			return source, true, nil
 		}
 	}
-	if source, ok := s.e.facing(v.NetworkRule.To); ok {
+	if source, ok := s.e.facing(v.NetworkRule.To, false); ok {
 		return source, true, nil
 	}
 	return netip.Addr{}, false, fmt.Errorf("nothing tells the external address: %w", filterapi.ErrInvalidArgument)

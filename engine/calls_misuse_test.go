@@ -77,8 +77,8 @@ func (s *callerSession) Detach() {}
 // routed network, the rest is outside, where the gateway has two addresses.
 type officeRoutes struct{}
 
-func (officeRoutes) AddressOf(iface string) (netip.Addr, error) {
-	if iface == "wan0" {
+func (officeRoutes) AddressOf(iface string, is6 bool) (netip.Addr, error) {
+	if iface == "wan0" && !is6 {
 		return netip.MustParseAddr("203.0.113.1"), nil
 	}
 	return netip.Addr{}, errors.New("no address")

@@ -76,7 +76,7 @@ func (k *fakeKernel) empty() bool {
 // 203.0.113.1 on wan0, behind which the rest is.
 type fakeRoutes struct{}
 
-func (fakeRoutes) AddressOf(string) (netip.Addr, error) {
+func (fakeRoutes) AddressOf(string, bool) (netip.Addr, error) {
 	return netip.MustParseAddr("203.0.113.1"), nil
 }
 

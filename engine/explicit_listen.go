@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 
 	"github.com/sluicegw/sluice/filterapi"
@@ -22,7 +23,7 @@ func (s *session) listenForClient(r *registered, b filterapi.Bind) (filterapi.Cl
 	if !s.private || s.e.user == nil {
 		return fail(filterapi.ErrNotSupported)
 	}
-	p, err := s.newSocketBind(b)
+	p, err := s.newSocketBind(r, b)
 	if err != nil {
 		return fail(err)
 	}
@@ -48,7 +49,7 @@ func (s *session) listenForClient(r *registered, b filterapi.Bind) (filterapi.Cl
 
 // newSocketBind makes the permission of a bind whose end is a socket. On an
 // error nothing is leased.
-func (s *session) newSocketBind(b filterapi.Bind) (*permission, error) {
+func (s *session) newSocketBind(r *registered, b filterapi.Bind) (*permission, error) {
 	waiting, err := s.checkClients(b)
 	if err != nil || len(b.Clients) != 1 {
 		return nil, orInvalid(err)
@@ -73,7 +74,7 @@ func (s *session) newSocketBind(b filterapi.Bind) (*permission, error) {
 	}
 	x.waiting = waiting
 	p := s.newBind(b, t, x, 0, b.Clients[0])
-	p.Direction, p.gone = nat.Local, make(chan struct{})
+	p.Direction, p.by, p.gone = nat.Local, r.name(), make(chan struct{})
 	if b.Proto == flow.UDP {
 		p.Multiple = true // a socket with many peers
 	}
@@ -111,7 +112,7 @@ func (s *session) outside(b filterapi.Bind, t terms) (netip.Addr, error) {
 		far = list[0].Addr()
 	}
 	if !far.IsValid() {
-		return far, fmt.Errorf("nothing tells the external address: %w", filterapi.ErrInvalidArgument)
+		return s.anywhere()
 	}
 	to := flow.Tuple{Proto: b.Proto, Src: netip.AddrPortFrom(s.addr, 0), Dst: netip.AddrPortFrom(far, 0)}
 	q, err := s.e.question(to, "")
@@ -130,6 +131,29 @@ func (s *session) outside(b filterapi.Bind, t terms) (netip.Addr, error) {
 		return far, fmt.Errorf("no address towards %v: %w", far, filterapi.ErrNetworkDenied)
 	}
 	return source, nil
+}
+
+// anywhere is the gateway's address of the client's family on the way that the
+// first network rule opens for the client.
+func (s *session) anywhere() (netip.Addr, error) {
+	iface, _, _, err := s.e.routes.Lookup(s.addr)
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("%w: %w", filterapi.ErrNetworkDenied, err)
+	}
+	rules := s.e.Policy()
+	from := rules.NetworksOf(s.addr, iface)
+	for _, r := range rules.NetworkRules() {
+		if !slices.Contains(from, r.From) {
+			continue
+		}
+		if r.Address.IsValid() && s.addr.Is4() {
+			return r.Address, nil
+		}
+		if a, ok := s.e.facing(r.To, s.addr.Is6()); ok {
+			return a, nil
+		}
+	}
+	return netip.Addr{}, fmt.Errorf("nothing tells the external address: %w", filterapi.ErrNetworkDenied)
 }
 
 // clientListener is a bind whose end is a socket of the gateway. It implements

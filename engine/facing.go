@@ -16,14 +16,17 @@ func (r portRange) meets(first uint16, n int) bool {
 	return r.Hi != 0 && first != 0 && first <= r.Hi && int(first)+n-1 >= int(r.Lo)
 }
 
-// farAway is in a block that is nobody's (RFC 5737): the default route leads
-// there.
-var farAway = netip.AddrFrom4([4]byte{192, 0, 2, 1})
+// farAway are in blocks that are nobody's (RFC 5737, RFC 6666): the default route
+// leads there.
+var farAway = map[bool]netip.Addr{
+	false: netip.AddrFrom4([4]byte{192, 0, 2, 1}),
+	true:  netip.AddrFrom16([16]byte{0: 1, 15: 1}),
+}
 
-// facing is the gateway's IPv4 address by which the hosts of a network know it:
+// facing is the gateway's address of a family by which the hosts of a network know it:
 // the one that a route to them prefers, or that of their interface. It is for
 // binds that nobody in particular will use.
-func (e *Engine) facing(network string) (netip.Addr, bool) {
+func (e *Engine) facing(network string, is6 bool) (netip.Addr, bool) {
 	var ifaces []string
 	for _, n := range e.Policy().Networks() {
 		if n.Name != network {
@@ -31,7 +34,7 @@ func (e *Engine) facing(network string) (netip.Addr, bool) {
 		}
 		ifaces = n.Interfaces
 		for _, p := range n.Prefixes {
-			if !p.Addr().Is4() {
+			if p.Addr().Is6() != is6 {
 				continue
 			}
 			host := p.Addr()
@@ -43,11 +46,11 @@ func (e *Engine) facing(network string) (netip.Addr, bool) {
 			}
 		}
 	}
-	if a, ok := e.preferred(farAway, ifaces); ok && (network == policy.Any || len(ifaces) > 0) {
+	if a, ok := e.preferred(farAway[is6], ifaces); ok && (network == policy.Any || len(ifaces) > 0) {
 		return a, true
 	}
 	for _, i := range ifaces {
-		if a, err := e.routes.AddressOf(i); err == nil {
+		if a, err := e.routes.AddressOf(i, is6); err == nil {
 			return a, true
 		}
 	}

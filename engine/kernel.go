@@ -70,6 +70,6 @@ type Routes interface {
 	// Lookup gives the interface that leads to dst and the source address
 	// that the route prefers; local says that dst is the gateway's own.
 	Lookup(dst netip.Addr) (iface string, source netip.Addr, local bool, err error)
-	// AddressOf gives the first IPv4 address of an interface.
-	AddressOf(iface string) (netip.Addr, error)
+	// AddressOf gives the first address of an interface, of a family.
+	AddressOf(iface string, is6 bool) (netip.Addr, error)
 }

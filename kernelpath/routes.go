@@ -166,8 +166,9 @@ func (r *Routes) Lookup(dst netip.Addr) (iface string, source netip.Addr, local 
 	return a.iface, a.source, a.local, a.err
 }
 
-// AddressOf gives the first IPv4 address of an interface that others may know.
-func (r *Routes) AddressOf(iface string) (netip.Addr, error) {
+// AddressOf gives the first address of an interface that others may know, of a
+// family.
+func (r *Routes) AddressOf(iface string, is6 bool) (netip.Addr, error) {
 	fail := func(err error) (netip.Addr, error) {
 		return netip.Addr{}, fmt.Errorf("look up the address of %q: %w", iface, err)
 	}
@@ -175,13 +176,17 @@ func (r *Routes) AddressOf(iface string) (netip.Addr, error) {
 	if err != nil {
 		return fail(err)
 	}
-	list, err := r.handle.AddrList(link, rtnl.FAMILY_V4)
+	family := rtnl.FAMILY_V4
+	if is6 {
+		family = rtnl.FAMILY_V6
+	}
+	list, err := r.handle.AddrList(link, family)
 	if err != nil {
 		return fail(err)
 	}
 	for _, a := range list {
-		if ip, ok := netip.AddrFromSlice(a.IP.To4()); ok && a.Scope == unix.RT_SCOPE_UNIVERSE {
-			return ip, nil
+		if ip, ok := netip.AddrFromSlice(a.IP); ok && a.Scope == unix.RT_SCOPE_UNIVERSE {
+			return ip.Unmap(), nil
 		}
 	}
 	return fail(ErrNoRoute)
