@@ -32,7 +32,7 @@ var bad = []struct {
 	{"rules: " + strings.Repeat("- ", 100), []string{"1: nested too deeply"}},
 	{"log: &a {}\ncontrol: *a\n", []string{"1: anchors and aliases are not supported", "1: log: want a mapping, got something else", "2: anchors and aliases are not supported", "2: control: want a mapping, got something else"}},
 	{"log: !!map {}\n", []string{"1: tags and directives are not supported", "1: log: want a mapping, got something else"}},
-	{"1: 2\n", []string{"1: the key 1 is no text", `1: the file: unknown key ""; the keys are control, flowtable, log, marks, network_rules, networks, pcp, ports, protocols, queue, reverse_path, rules, udp`}},
+	{"1: 2\n", []string{"1: the key 1 is no text", `1: the file: unknown key ""; the keys are control, flowtable, log, marks, network_rules, networks, pcp, ports, protocols, queue, reverse_path, rules, socks, udp, users`}},
 	// Duplicate and unknown keys.
 	{"log: {}\n\nlog:\n  level: info\n  level: warn\n", []string{`3: the key "log" stands there twice, first in line 1`, `5: the key "level" stands there twice, first in line 4`}},
 	{"log:\n  levle: info\n", []string{`2: log: unknown key "levle"; the keys are format, level`}},
@@ -77,6 +77,16 @@ var bad = []struct {
 		`4: pcp.networks: "bare" names no interfaces, so that nothing says where it is served`}},
 	{"udp: {peer_idle: 0, socket_idle: 90000}\n", []string{"1: udp.peer_idle: 0 is not a number from 1 to 86400", "1: udp.socket_idle: 90000 is not a number from 1 to 86400"}},
 	{"control: {socket: run/x}\n", []string{`1: control.socket: "run/x" is no clean absolute path of at most 107 bytes`}},
+	// Users, and who asks the gateway.
+	{"users: {alice: secret, any: x, \" b\": x}\n", []string{"1: user \"alice\": no bcrypt hash: `gateway passwd` makes one", `1: user "any": the name stands for every user`, `1: user " b": " b" is no name: want 1 to 64 printable characters, no quotes, no blanks around`}},
+	{"socks: {}\n", []string{"1: socks is empty"}},
+	{"socks: {port: 0, authentication: maybe, resolvers: x, connections: 0, connect_timeout: 3601}\n", []string{"1: socks.port: 0 is not a number from 1 to 65535",
+		`1: socks.authentication: "maybe" is none of none, password`, `1: socks.resolvers: "x" is no address`, "1: socks.connections: 0 is not a number from 1 to 65536", "1: socks.connect_timeout: 3601 is not a number from 1 to 3600", `1: socks: "networks" is missing`}},
+	{frame + "socks:\n  authentication: password\n  networks:\n  - in\n  - out\n  - any\n  - nix\n", []string{
+		"7: socks: authentication by password, and no users", `10: socks.networks: network "out" is outside: a network rule hides others from it`, `11: socks.networks: "any" is no network of clients`, `12: socks.networks: unknown network "nix"`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: p\n  users: [any, any]\n", []string{`11: rule "r": users: user "any" stands there twice`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: p\n  users: [any, alice]\n", []string{`11: rule "r": users: unknown user "alice"`}},
+	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: p\n  users: []\n", []string{`11: rule "r": users: names nobody`}},
 	// Networks.
 	{"networks: [a]\n", []string{"1: networks: want a mapping, got a list"}},
 	{"networks:\n  a:\n", []string{`2: network "a": has neither interfaces nor prefixes`}},

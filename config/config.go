@@ -5,6 +5,7 @@ package config
 
 import (
 	"fmt"
+	"net/netip"
 	"os"
 	"time"
 
@@ -32,6 +33,10 @@ type Config struct {
 	UDP UDP
 	// PCP is pcp.
 	PCP PCP
+	// Users is users: names and the hashes of their passwords.
+	Users map[string]string
+	// Socks is socks.
+	Socks Socks
 	// Log is log.
 	Log Log
 	// Control is control.
@@ -98,6 +103,20 @@ type UDP struct {
 	SocketIdle uint32 // socket_idle: until the external port is given back
 }
 
+// Socks is the section socks: where clients may ask the gateway by SOCKS.
+// Without networks nobody may.
+type Socks struct {
+	Networks  []string     // networks
+	Port      uint16       // port
+	Password  bool         // authentication: true for password, false for none
+	Approve   bool         // approve_binds
+	Resolvers []netip.Addr // resolvers: of names; none: those of the system
+	// PerClient is connections: how many one client may have.
+	PerClient uint32
+	// handshake_timeout, connect_timeout and bind_timeout, in seconds.
+	HandshakeTimeout, ConnectTimeout, BindTimeout uint32
+}
+
 // Log is the section log.
 type Log struct {
 	Level  string // level: debug, info, warn or error
@@ -124,6 +143,7 @@ func Default() *Config {
 		Flowtable:   true,
 		UDP:         UDP{PeerIdle: 120, SocketIdle: 300},
 		PCP:         defaultPCP(),
+		Socks:       Socks{Port: 1080, PerClient: 256, HandshakeTimeout: 10, ConnectTimeout: 30, BindTimeout: 120},
 		Log:         Log{Level: "info", Format: "auto"},
 		Control:     Control{Socket: "/run/sluice/control.sock"},
 	}

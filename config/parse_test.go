@@ -73,8 +73,13 @@ marks: {mask: 0x000f0000, table: 7, priority: 8, zone: 9, log_group: 11}
 ports: {kernel: 20000-29999, leases: [40000-50000, 51000], well_known: 700-800, quota: 640, quarantine: 30, block: 64}
 flowtable: off
 udp: {peer_idle: 30, socket_idle: 90}
+users: {alice: "` + aliceHash + `"}
+socks: {networks: internal, port: 1081, authentication: password, approve_binds: true, resolvers: 192.0.2.53, connections: 5, handshake_timeout: 6, connect_timeout: 7, bind_timeout: 8}
 control: {socket: /tmp/x.sock}
 `
+
+// aliceHash is one of "secret".
+const aliceHash = "$2a$08$9K93h5egfkBtaInYSb5YRuPuZHW63L6QnAZh83f4GbYjwNKlL1Vcy"
 
 func TestParseGood(t *testing.T) {
 	c, err := Parse("good.yaml", []byte(good), known)
@@ -95,8 +100,13 @@ func TestParseGood(t *testing.T) {
 			Ranges: nat.Ranges{Kernel: nat.Range{Lo: 20000, Hi: 29999}, Leases: []nat.Range{{Lo: 40000, Hi: 50000}, {Lo: 51000, Hi: 51000}}, WellKnown: nat.Range{Lo: 700, Hi: 800}},
 			Quota:  640, Quarantine: 30, Block: 64,
 		},
-		UDP:     UDP{30, 90},
-		PCP:     defaultPCP(),
+		UDP:   UDP{30, 90},
+		PCP:   defaultPCP(),
+		Users: map[string]string{"alice": aliceHash},
+		Socks: Socks{
+			Networks: []string{"internal"}, Port: 1081, Password: true, Approve: true, Resolvers: []netip.Addr{netip.MustParseAddr("192.0.2.53")},
+			PerClient: 5, HandshakeTimeout: 6, ConnectTimeout: 7, BindTimeout: 8,
+		},
 		Log:     Log{"debug", "json"},
 		Control: Control{"/tmp/x.sock"},
 	}

@@ -269,6 +269,7 @@ func (r *reader) rule(item ast.Node, what string, failOpen bool) policy.Rule {
 		"from":      names("from", &rule.From),
 		"to":        names("to", &rule.To),
 		"protocols": names("protocols", &rule.Protocols),
+		"users":     func(n ast.Node) { rule.Users = r.ruleUsers(n, what+": users") },
 		"filters":   func(n ast.Node) { rule.Filters = r.filters(n, what+": filters") },
 		"no_kernel_mode": func(n ast.Node) {
 			rule.NoKernelMode, _ = r.boolean(n, what+": no_kernel_mode")

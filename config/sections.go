@@ -23,6 +23,7 @@ func Parse(name string, text []byte, parsers OptionParsers) (*Config, error) {
 	nodes.read(r, c, &p)
 	r.policy(c, &p)
 	r.pcpNetworks(c, &p)
+	r.socksNetworks(nodes.socks, c)
 	if err := r.result(); err != nil {
 		return nil, err
 	}
@@ -34,6 +35,7 @@ type sectionNodes struct {
 	networks, networkRules, protocols, rules  ast.Node
 	reversePath, queue, marks, ports, offload ast.Node
 	log, control, udp, pcp                    ast.Node
+	users, socks                              ast.Node
 }
 
 func (s *sectionNodes) keys() map[string]func(ast.Node) {
@@ -50,6 +52,8 @@ func (s *sectionNodes) keys() map[string]func(ast.Node) {
 		"flowtable":     keep(&s.offload),
 		"udp":           keep(&s.udp),
 		"pcp":           keep(&s.pcp),
+		"users":         keep(&s.users),
+		"socks":         keep(&s.socks),
 		"log":           keep(&s.log),
 		"control":       keep(&s.control),
 	}
@@ -71,6 +75,8 @@ func (s *sectionNodes) read(r *reader, c *Config, p *policyText) {
 	r.ports(s.ports, &c.Ports)
 	r.udp(s.udp, &c.UDP)
 	r.pcp(s.pcp, &c.PCP, &p.pcp)
+	r.users(s.users, c)
+	r.socks(s.socks, &c.Socks)
 	r.log(s.log, &c.Log)
 	r.section(s.control, "control", map[string]func(ast.Node){
 		"socket": func(n ast.Node) {
@@ -82,6 +88,7 @@ func (s *sectionNodes) read(r *reader, c *Config, p *policyText) {
 	r.networks(s.networks, p)
 	r.networkRules(s.networkRules, p)
 	r.protocols(s.protocols, p)
+	r.known = userNames(s.users)
 	r.rules(s.rules, p, c.Queue.FailOpen)
 }
 

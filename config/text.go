@@ -27,6 +27,8 @@ type reader struct {
 	file    string
 	parsers OptionParsers
 	errs    []*Error
+	// known are the names of all users.
+	known []string
 	// entries are the places of what policy.New is given.
 	entries entries
 	// maimed: a list for policy.New is not what the file means, so that its

@@ -38,6 +38,7 @@ type Rule struct {
 	From         []string `json:"from"`
 	To           []string `json:"to"`
 	Protocols    []string `json:"protocols"`
+	Users        []string `json:"users,omitempty"` // none: everybody
 	Filters      []string `json:"filters,omitempty"`
 	NoKernelMode bool     `json:"no_kernel_mode"`
 	// Decided is "kernel" if no flow of the rule needs user space, else
@@ -56,6 +57,7 @@ type Flow struct {
 	Rule      string `json:"rule,omitempty"`
 	Protocol  string `json:"protocol,omitempty"`
 	Session   uint64 `json:"session,omitempty"`
+	User      string `json:"user,omitempty"` // of a client that asked the gateway
 	Secondary bool   `json:"secondary,omitempty"`
 	// Permission is the ID of the one that let it in.
 	Permission uint64    `json:"permission,omitempty"`
@@ -107,7 +109,7 @@ func FlowOf(i engine.FlowInfo) Flow {
 	return Flow{
 		Path: i.Path.String(), Proto: i.Proto.String(), Src: i.Src.String(), Dst: i.Dst.String(),
 		NATSrc: addr(i.Translation.Src), NATDst: addr(i.Translation.Dst),
-		Rule: i.Rule, Protocol: i.Protocol, Session: i.Session, Secondary: i.Secondary, Start: i.Start,
+		Rule: i.Rule, Protocol: i.Protocol, Session: i.Session, User: i.User, Secondary: i.Secondary, Start: i.Start,
 		Permission: i.Permission,
 	}
 }

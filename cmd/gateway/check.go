@@ -30,6 +30,9 @@ func checkCommand() *cobra.Command {
 			if err != nil {
 				return fmt.Errorf("%s: %w", args[0], err)
 			}
+			if err := warnSecrets(args[0], cfg); err != nil {
+				fmt.Fprintln(os.Stderr, "note: "+err.Error())
+			}
 			for _, text := range missingInterfaces(cfg.Policy) {
 				fmt.Fprintln(os.Stderr, "note: "+text)
 			}

@@ -5,6 +5,7 @@ import (
 	"github.com/sluicegw/sluice/filters/ftp"
 	"github.com/sluicegw/sluice/filters/pcp"
 	"github.com/sluicegw/sluice/filters/sip"
+	"github.com/sluicegw/sluice/filters/socks"
 	"github.com/sluicegw/sluice/filters/tftp"
 )
 
@@ -19,5 +20,6 @@ func builtin() []filterapi.Filter {
 		tftp.New(),
 		sip.New(),
 		pcp.New(),
+		socks.New(),
 	}, extra()...)
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/sluicegw/sluice/nat"
 	"github.com/sluicegw/sluice/policy"
 	"github.com/sluicegw/sluice/userpath"
+	"github.com/sluicegw/sluice/users"
 )
 
 // gateway is a running gateway: the rooms, wired. It implements
@@ -31,6 +32,8 @@ type gateway struct {
 	facts             kernelFacts
 	bits              flow.Marks // of the configuration that it was started with
 	tasks             []task     // that wait to be run
+
+	users *users.Users // of the configuration
 
 	routes  *kernelpath.Routes
 	cutter  *kernelpath.Cutter
@@ -97,6 +100,7 @@ func (g *gateway) Reload(ctx context.Context) error {
 		return err
 	}
 	g.log.Info("reloaded", zap.Int("rules", len(g.policy.Rules())))
+	g.serveSocks()
 	if err := g.recheck(context.WithoutCancel(ctx)); err != nil {
 		err = fmt.Errorf("the new policy is in force, but judging the living flows by it failed: %w", err)
 		g.log.Error("reload", zap.Error(err))
@@ -169,7 +173,7 @@ func (g *gateway) Rules() []control.Rule {
 	out := make([]control.Rule, 0, len(rules))
 	for _, r := range rules {
 		c := control.Rule{
-			Name: r.Name, Action: "deny", From: r.From, To: r.To, Protocols: r.Protocols,
+			Name: r.Name, Action: "deny", From: r.From, To: r.To, Protocols: r.Protocols, Users: r.Users,
 			NoKernelMode: r.NoKernelMode, Decided: "kernel",
 		}
 		if r.Action == policy.Allow {

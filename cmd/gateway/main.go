@@ -44,7 +44,7 @@ func rootCommand() *cobra.Command {
 	}
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return &usageError{c, err} })
 	root.AddCommand(runCommand(), checkCommand(), probeCommand(), downCommand(),
-		rulesCommand(), flowsCommand(), permissionsCommand(), bindsCommand(), sessionsCommand(), countersCommand(), reloadCommand())
+		rulesCommand(), flowsCommand(), permissionsCommand(), bindsCommand(), sessionsCommand(), countersCommand(), reloadCommand(), passwdCommand())
 	return root
 }
 

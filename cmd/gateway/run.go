@@ -19,6 +19,7 @@ import (
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/kernelpath"
 	"github.com/sluicegw/sluice/userpath"
+	"github.com/sluicegw/sluice/users"
 )
 
 func runCommand() *cobra.Command {
@@ -39,7 +40,7 @@ func runCommand() *cobra.Command {
 				return err
 			}
 			defer func() { _ = log.Sync() }() // stderr cannot be synced everywhere
-			g := &gateway{file: file, filters: filters, log: log, cfg: cfg, policy: cfg.Policy, bits: cfg.Marks.Bits}
+			g := &gateway{file: file, filters: filters, log: log, cfg: cfg, policy: cfg.Policy, bits: cfg.Marks.Bits, users: users.New(time.Now)}
 			return g.run(cmd.Context(), force)
 		},
 	}
@@ -95,6 +96,9 @@ func (g *gateway) run(ctx context.Context, force bool) error {
 	}
 	g.change.Lock()
 	err = g.apply(g.cfg, g.policy)
+	if err == nil {
+		g.serveSocks()
+	}
 	g.change.Unlock()
 	if err != nil {
 		return err
@@ -103,6 +107,9 @@ func (g *gateway) run(ctx context.Context, force bool) error {
 		return err
 	}
 	g.warnHost()
+	if err := warnSecrets(g.file, g.cfg); err != nil {
+		g.log.Warn("secrets", zap.Error(err))
+	}
 	g.task("hangup", func(ctx context.Context) error { return g.reloadOn(ctx, hangup) })
 	g.log.Info("ready", zap.String("config", g.file), zap.Int("rules", len(g.policy.Rules())),
 		zap.Bool("queue_native", g.facts.native), zap.Bool("flowtable", g.facts.flowtable && g.cfg.Flowtable))
@@ -153,7 +160,7 @@ func (g *gateway) open(undo *ladder) (err error) {
 	g.task("ports", g.sweepPorts)
 	if g.engine, err = engine.New(engine.Config{
 		Policy: g.policy, Filters: g.filters, Kernel: g, User: user, Routes: g.routes, Ports: g.ports, KernelPorts: g.cfg.Ports.Kernel, Log: g.log,
-		Answer: g.cfg.Queue.Answer(),
+		Answer: g.cfg.Queue.Answer(), PeerIdle: time.Duration(g.cfg.UDP.PeerIdle) * time.Second,
 	}); err != nil {
 		return err
 	}
@@ -162,6 +169,7 @@ func (g *gateway) open(undo *ladder) (err error) {
 	g.task("routes", g.routes.Run)
 	g.task("resync", func(ctx context.Context) error { return g.resyncing(ctx, lost) })
 	g.task("links", g.followLinks)
+	g.task("addresses", g.followAddresses)
 	if g.watch, err = kernelpath.NewWatch(m.Bits, g.kernelEnded, func() {
 		select {
 		case lost <- struct{}{}:

@@ -68,10 +68,10 @@ is judged; what user space has judged may still be carried by the kernel.`,
 			if err != nil {
 				return asked(err)
 			}
-			return s.print(rules, "NAME\tACTION\tFROM\tTO\tPROTOCOLS\tFILTERS\tNO-KERNEL-MODE\tDECIDED IN", func(w io.Writer) {
+			return s.print(rules, "NAME\tACTION\tFROM\tTO\tPROTOCOLS\tUSERS\tFILTERS\tNO-KERNEL-MODE\tDECIDED IN", func(w io.Writer) {
 				for _, r := range rules {
-					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", r.Name, r.Action, list(r.From), list(r.To),
-						list(r.Protocols), list(r.Filters), onOff(r.NoKernelMode), r.Decided)
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", r.Name, r.Action, list(r.From), list(r.To),
+						list(r.Protocols), list(r.Users), list(r.Filters), onOff(r.NoKernelMode), r.Decided)
 				}
 			})
 		},
@@ -119,10 +119,10 @@ log at its end.`,
 				return asked(err)
 			}
 			slices.SortFunc(flows, func(a, b control.Flow) int { return a.Start.Compare(b.Start) })
-			return s.print(flows, "PATH\tPROTO\tSOURCE\tDESTINATION\tTRANSLATED\tRULE\tPERMISSION\tAGE\tOUT\tIN", func(w io.Writer) {
+			return s.print(flows, "PATH\tPROTO\tSOURCE\tDESTINATION\tTRANSLATED\tRULE\tUSER\tPERMISSION\tAGE\tOUT\tIN", func(w io.Writer) {
 				for _, f := range flows {
-					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", pathOf(f), f.Proto, source(f), destination(f),
-						translated(f), dash(f.Rule), number(f.Permission), age(f.Start), countsOf(f))
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", pathOf(f), f.Proto, source(f), destination(f),
+						translated(f), dash(f.Rule), dash(f.User), number(f.Permission), age(f.Start), countsOf(f))
 				}
 			})
 		},

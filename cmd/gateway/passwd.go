@@ -1,0 +1,57 @@
+package main
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicegw/sluice/users"
+)
+
+func passwdCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "passwd",
+		Short: "read a password and print its hash, for users in the configuration",
+		Args:  noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			password, err := askPassword(os.Stdin, cmd.ErrOrStderr())
+			if err != nil {
+				return fmt.Errorf("read the password: %w", err)
+			}
+			hash, err := users.Hash(password)
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintln(cmd.OutOrStdout(), hash)
+			return err
+		},
+	}
+}
+
+// askPassword reads one line. On a terminal it is not shown.
+func askPassword(in *os.File, out io.Writer) (string, error) {
+	fd := int(in.Fd())
+	if was, err := unix.IoctlGetTermios(fd, unix.TCGETS); err == nil {
+		fmt.Fprint(out, "Password: ")
+		hidden := *was
+		hidden.Lflag &^= unix.ECHO
+		if err := unix.IoctlSetTermios(fd, unix.TCSETS, &hidden); err != nil {
+			return "", err
+		}
+		defer func() {
+			_ = unix.IoctlSetTermios(fd, unix.TCSETS, was) // it was so before
+			fmt.Fprintln(out)
+		}()
+	}
+	line, err := bufio.NewReader(in).ReadString('\n')
+	if err != nil && !errors.Is(err, io.EOF) {
+		return "", err
+	}
+	return strings.TrimRight(line, "\r\n"), nil
+}
