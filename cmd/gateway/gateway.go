@@ -182,7 +182,7 @@ func (g *gateway) Rules() []control.Rule {
 		for _, f := range r.Filters {
 			c.Filters = append(c.Filters, f.Name)
 		}
-		if r.Action == policy.Allow && (r.NoKernelMode || len(r.Filters) > 0) {
+		if len(r.Users) > 0 || r.Action == policy.Allow && (r.NoKernelMode || len(r.Filters) > 0) {
 			c.Decided = "user space"
 		}
 		out = append(out, c)
