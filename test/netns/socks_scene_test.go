@@ -28,9 +28,9 @@ const (
 	openly     = "socks: {networks: lan, connect_timeout: 5}\n"
 )
 
-// served is a configuration with SOCKS: the probe hears of TCP and UDP port 7
+// socksConfig is a configuration with SOCKS: the probe hears of TCP and UDP port 7
 // and 21, also of secondary connections.
-func served(extra string) lab.Config {
+func socksConfig(extra string) lab.Config {
 	c := probed()
 	c.Protocols = "  probed: {tcp: [7, 2100-2102], udp: 7, filter: probe}\n  plain: {tcp: [8, 9, 80], udp: 8}\n"
 	c.Extra = extra

@@ -12,7 +12,7 @@ import (
 
 // curl of Debian speaks every version.
 func TestSocksCurl(t *testing.T) {
-	eachSocks(t, served(openly+"  # a comment"), func(s *scene) {
+	eachSocks(t, socksConfig(openly+"  # a comment"), func(s *scene) {
 		peers := s.Srv.HTTP(80)
 		_, hash := lab.Content(1 << 20)
 		versions := []string{"--socks5", "--socks5-hostname"}
