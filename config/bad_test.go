@@ -106,6 +106,10 @@ var bad = []struct {
 	{"network_rules:\n- from: any\n  relation: masq\n", []string{`2: network rule 1: "name" is missing`, `2: network rule 1: "to" is missing`, `3: network rule 1: relation: "masq" is none of route, nat`}},
 	{"network_rules:\n- {name: x, from: any, to: any, relation: nat}\n- {name: x, from: any, to: any, relation: nat, address: 1.2.3}\n- {name: x, from: any, to: any, relation: nat}\n", []string{
 		`3: network rule "x": address: "1.2.3" is no address`, `4: network rule "x": name: is defined twice`}},
+	{"networks:\n  in: {interfaces: in0}\nnetwork_rules:\n- {name: x, from: in, to: any, relation: route, mapping: endpoint-independent}\n- {name: y, from: any, to: in, relation: nat, mapping: endpoint-independent}\n- {name: z, from: in, to: any, relation: nat, mapping: cone}\n- name: w\n  from: in\n  to: any\n  relation: nat\n  filtering: endpoint-independent\n  refresh_inbound: false\n", []string{
+		`4: network rule "x": mapping: only a nat rule maps endpoints`, `5: network rule "y": mapping: endpoint-independent needs a network as from, to tell the inside from the outside`,
+		`6: network rule "z": mapping: "cone" is none of address-and-port-dependent, endpoint-independent`,
+		`11: network rule "w": filtering: needs mapping: endpoint-independent`, `12: network rule "w": refresh_inbound: needs mapping: endpoint-independent`}},
 	{"network_rules:\n-\n- {}\n", []string{"2: network rule 1 is empty", "3: network rule 2 is empty"}},
 	// Protocols.
 	{"protocols:\n  a: {}\n  any: {tcp: 1}\n  b:\n    filter: tap\n    icmp: 8\n", []string{

@@ -126,6 +126,16 @@ func (r *reader) networks(n ast.Node, p *policyText) {
 	}
 }
 
+// The behaviours of RFC 4787, in its words.
+const (
+	addressAndPort      = "address-and-port-dependent"
+	endpointIndependent = "endpoint-independent"
+)
+
+var filterings = map[string]policy.Filtering{
+	addressAndPort: policy.FilterAddressAndPort, "address-dependent": policy.FilterAddress, endpointIndependent: policy.FilterEndpointIndependent,
+}
+
 func (r *reader) networkRules(n ast.Node, p *policyText) {
 	if n == nil {
 		return
@@ -150,6 +160,19 @@ func (r *reader) networkRules(n ast.Node, p *policyText) {
 				}
 			},
 			"address": func(n ast.Node) { rule.Address, _ = r.address(n, what+": address") },
+			"mapping": func(n ast.Node) {
+				if v, _ := r.choice(n, what+": mapping", addressAndPort, endpointIndependent); v == endpointIndependent {
+					rule.Mapping = policy.MapEndpointIndependent
+				}
+			},
+			"filtering": func(n ast.Node) {
+				v, _ := r.choice(n, what+": filtering", addressAndPort, "address-dependent", endpointIndependent)
+				rule.Filtering = filterings[v]
+			},
+			"refresh_inbound": func(n ast.Node) {
+				on, ok := r.boolean(n, what+": refresh_inbound")
+				rule.IgnoreInbound = ok && !on
+			},
 		})
 		r.required(item, what, "name", "from", "to", "relation")
 		p.netRules = append(p.netRules, rule)

@@ -127,6 +127,7 @@ func (c *checker) networkRule(r *NetworkRule) {
 	if r.Relation != Route && r.Relation != NAT {
 		c.add("relation", -1, "is neither route nor nat")
 	}
+	c.mapping(r)
 	if r.Address == (netip.Addr{}) {
 		return
 	}
@@ -135,6 +136,27 @@ func (c *checker) networkRule(r *NetworkRule) {
 	}
 	if !r.Address.Is4() || r.Address.IsUnspecified() || r.Address.IsMulticast() {
 		c.add("address", -1, "%s is no IPv4 address of a host", r.Address)
+	}
+}
+
+// mapping checks what only a rule that maps endpoints can say.
+func (c *checker) mapping(r *NetworkRule) {
+	maps := r.Mapping == MapEndpointIndependent
+	switch {
+	case r.Mapping > MapEndpointIndependent:
+		c.add("mapping", -1, "is unknown")
+	case maps && r.Relation == Route:
+		c.add("mapping", -1, "only a nat rule maps endpoints")
+	case maps && r.From == Any:
+		c.add("mapping", -1, "endpoint-independent needs a network as from, to tell the inside from the outside")
+	}
+	if r.Filtering > FilterEndpointIndependent {
+		c.add("filtering", -1, "is unknown")
+	} else if !maps && r.Filtering != FilterAddressAndPort {
+		c.add("filtering", -1, "needs mapping: endpoint-independent")
+	}
+	if !maps && r.IgnoreInbound {
+		c.add("refresh_inbound", -1, "needs mapping: endpoint-independent")
 	}
 }
 

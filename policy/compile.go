@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+
+	"github.com/sluicegw/sluice/flow"
 )
 
 // maxBoxes bounds what Compile makes: far beyond any hand-written policy, and
@@ -174,6 +176,9 @@ type region struct {
 	tell     bool  // its initiators are told about refusals
 	// everyProtocol: also about protocols that nobody defined.
 	everyProtocol bool
+	// maps: flows leave by mappings of netRule.
+	maps    bool
+	netRule int32
 }
 
 // regions are what network rules join between two zones.
@@ -182,10 +187,11 @@ func (c *compiler) regions(f, in, out int) []region {
 	for i, r := range c.netRules {
 		from, to := c.ix.netRules[i][0], c.ix.netRules[i][1]
 		if c.members[in][from] && c.members[out][to] {
-			list = append(list, region{from, to, true, true})
+			maps := f == 0 && c.netRules[i].Maps(flow.TCP)
+			list = append(list, region{from: from, to: to, tell: true, everyProtocol: true, maps: maps, netRule: int32(i)})
 		}
 		if (r.Relation == Route || f == 1) && c.members[in][to] && c.members[out][from] {
-			list = append(list, region{to, from, false, true})
+			list = append(list, region{from: to, to: from, everyProtocol: true})
 		}
 	}
 	return list
@@ -218,10 +224,10 @@ func (c *compiler) inputRegions(in int) []region {
 	var regions []region
 	for id, inside := range c.ix.inside {
 		if inside && c.members[in][id] {
-			regions = append(regions, region{int32(id), anyNet, true, false})
+			regions = append(regions, region{from: int32(id), to: anyNet, tell: true})
 		}
 	}
-	return append(regions, region{anyNet, anyNet, false, false})
+	return append(regions, region{from: anyNet, to: anyNet})
 }
 
 // input expands the rules from a zone to the gateway itself.
@@ -266,7 +272,34 @@ func (c *compiler) rule(f, n, in int, to []bool, regions []region) {
 		return
 	}
 	c.fill(areas, cells.ask[f], r.ask())
-	c.fill(areas, cells.others[f], ClassKernel)
+	if !slices.ContainsFunc(regions, func(g region) bool { return g.maps }) {
+		c.fill(areas, cells.others[f], ClassKernel)
+		return
+	}
+	for _, g := range regions {
+		class := ClassKernel
+		if g.maps {
+			class = r.mapped()
+		}
+		areas, endpoints, rest := c.areas(f, n, in, to, []region{g}), cells.others[f], []cell(nil)
+		if g.maps {
+			endpoints, rest = withEndpoints(endpoints)
+		}
+		c.fillFor(areas, endpoints, class, g.netRule)
+		c.fill(areas, rest, ClassKernel)
+	}
+}
+
+// withEndpoints splits off the cells of protocols that have no endpoints.
+func withEndpoints(cells []cell) (with, without []cell) {
+	for _, l := range cells {
+		if l.kind == KindOther {
+			without = append(without, l)
+		} else {
+			with = append(with, l)
+		}
+	}
+	return with, without
 }
 
 // rest expands the default: initiators on the From side are told that a
@@ -348,7 +381,10 @@ func (c *compiler) share(f int, a, b int32) []netip.Prefix {
 }
 
 // fill makes boxes of one class.
-func (c *compiler) fill(areas []area, cells []cell, class Class) {
+func (c *compiler) fill(areas []area, cells []cell, class Class) { c.fillFor(areas, cells, class, 0) }
+
+// fillFor makes boxes of one class and, for mappings, one network rule.
+func (c *compiler) fillFor(areas []area, cells []cell, class Class, netRule int32) {
 	n := len(areas) * len(cells)
 	if c.total += n; c.total > maxBoxes {
 		return
@@ -356,7 +392,7 @@ func (c *compiler) fill(areas []area, cells []cell, class Class) {
 	c.boxes = slices.Grow(c.boxes, n)
 	for _, a := range areas {
 		for _, l := range cells {
-			c.boxes = append(c.boxes, Box{Src: a.src, Dst: a.dst, Protos: l.protos, Ports: l.ports, Class: class})
+			c.boxes = append(c.boxes, Box{Src: a.src, Dst: a.dst, Protos: l.protos, Ports: l.ports, Class: class, NetworkRule: netRule})
 		}
 	}
 }

@@ -80,4 +80,7 @@ type Box struct {
 	// Publication says whose flows these are: Compiled.Publications, counted
 	// from 1; 0: no published server's.
 	Publication int
+	// NetworkRule is the place in Policy.NetworkRules of the one that maps the
+	// endpoints of ClassMap and ClassMapOpen.
+	NetworkRule int32
 }

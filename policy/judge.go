@@ -76,6 +76,9 @@ func (p *Policy) apply(v *Verdict, n int, q Question, protos []int32, inside boo
 	if v.Rule.Action == Publish {
 		v.Server = p.ix.published.leads(n, v.Rule.Publication, q)
 	}
+	if v.Maps(q.Tuple) {
+		v.Class = v.Rule.mapped()
+	}
 	if !q.Proto.HasPorts() || q.ToGateway && v.Rule.Action != Publish {
 		return
 	}
@@ -106,6 +109,14 @@ func (r *Rule) ask() Class {
 		return ClassAskOpen
 	}
 	return ClassAsk
+}
+
+// mapped is the class of the rule's flows whose endpoint may have a mapping.
+func (r *Rule) mapped() Class {
+	if r.FailOpen {
+		return ClassMapOpen
+	}
+	return ClassMap
 }
 
 func refusal(r Refusal, tell bool) Class {

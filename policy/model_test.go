@@ -81,7 +81,7 @@ func (m *model) judge(q Question) (a answer) {
 			break
 		}
 	}
-	inside, joined := false, q.ToGateway
+	inside, joined, maps := false, q.ToGateway, false
 	for _, r := range m.netRules {
 		if q.ToGateway {
 			inside = inside || src(r.From)
@@ -90,6 +90,7 @@ func (m *model) judge(q Question) (a answer) {
 		back := src(r.To) && dst(r.From) && (r.Relation == Route || !q.Is4())
 		if forth := src(r.From) && dst(r.To); forth || back {
 			a.network, a.reverse, inside, joined = r.Name, !forth, forth, true
+			maps = forth && r.Mapping == MapEndpointIndependent && q.Is4()
 			break
 		}
 	}
@@ -107,7 +108,7 @@ func (m *model) judge(q Question) (a answer) {
 		r, own = m.first(q, src, func(x *Rule) bool { return x == r || x.Action == Deny && slices.Contains(x.To, Any) })
 	}
 	if r != nil {
-		return m.decided(a, q, r, own, inside, defined != "")
+		return m.decided(a, q, r, own, inside, defined != "", maps)
 	}
 	a.reason = ReasonDefault
 	if inside && defined != "" {
@@ -154,7 +155,7 @@ func (m *model) publishedAt(r *Rule, q Question) bool {
 	return q.ToGateway && r.Publication.Server(false).IsValid() && (len(at) == 0 || slices.Contains(at, q.Dst.Addr()))
 }
 
-func (m *model) decided(a answer, q Question, r *Rule, own []Protocol, inside, defined bool) answer {
+func (m *model) decided(a answer, q Question, r *Rule, own []Protocol, inside, defined, maps bool) answer {
 	a.rule = r.Name
 	if len(own) > 0 {
 		a.protocol = own[0].Name
@@ -168,6 +169,12 @@ func (m *model) decided(a answer, q Question, r *Rule, own []Protocol, inside, d
 		return a
 	}
 	a.class = ClassKernel
+	if maps && (q.Proto.HasPorts() || q.Proto == flow.ICMP) {
+		a.class = ClassMap
+		if r.FailOpen {
+			a.class = ClassMapOpen
+		}
+	}
 	if !q.Proto.HasPorts() || q.ToGateway && r.Action != Publish {
 		return a
 	}
@@ -314,7 +321,11 @@ func draw(r *rand.Rand) *model {
 		return out
 	}
 	for i := range 1 + pick(4) {
-		m.netRules = append(m.netRules, NetworkRule{Name: fmt.Sprint("j", i), From: names[pick(len(names))], To: names[pick(len(names))], Relation: Relation(1 + pick(2))})
+		j := NetworkRule{Name: fmt.Sprint("j", i), From: names[pick(len(names))], To: names[pick(len(names))], Relation: Relation(1 + pick(2))}
+		if j.Relation == NAT && j.From != Any {
+			j.Mapping = Mapping(min(1, pick(4)))
+		}
+		m.netRules = append(m.netRules, j)
 	}
 	protos := []string{AnyProtocol}
 	for i := range 1 + pick(6) {
@@ -419,7 +430,7 @@ func TestRandomPolicies(t *testing.T) {
 			t.Fatalf("seed %d: %v", seed, err)
 		}
 		checkStages(t, c)
-		for range 60 {
+		for range 150 {
 			q := drawQuestion(r)
 			want, got := m.judge(q), p.Judge(q)
 			leads := m.server(want, q)
@@ -432,7 +443,13 @@ func TestRandomPolicies(t *testing.T) {
 				}
 				q.User = ""
 			}
-			if class, server := simulate(t, c, q); class != want.class || server != leads {
+			class, server := simulate(t, c, q)
+			if class == ClassMap || class == ClassMapOpen {
+				if b, _ := lookUp(t, c, c.Forward, q); m.netRules[b.NetworkRule].Name != want.network {
+					t.Fatalf("seed %d: %+v: the mapping is of %s, want %+v\n%+v\n%+v", seed, q, m.netRules[b.NetworkRule].Name, want, m, c)
+				}
+			}
+			if class != want.class || server != leads {
 				t.Fatalf("seed %d: %+v: compiled to %d %v, want %+v\n%+v\n%+v", seed, q, class, server, want, m, c)
 			}
 			classes[want.class]++
@@ -445,7 +462,7 @@ func TestRandomPolicies(t *testing.T) {
 	if published < 500 {
 		t.Errorf("%d published flows were met only", published)
 	}
-	for class := ClassDrop; class <= ClassAskOpen; class++ {
+	for class := ClassDrop; class <= ClassMapOpen; class++ {
 		if classes[class] < 500 {
 			t.Errorf("class %d was met %d times only", class, classes[class])
 		}

@@ -72,6 +72,42 @@ type NetworkRule struct {
 	// Address is the gateway's address that hides From; if it is invalid, the
 	// address that the route prefers is used.
 	Address netip.Addr
+	// Mapping and Filtering are of NAT. IgnoreInbound: what comes from outside
+	// does not keep a mapping alive (RFC 4787, REQ-6).
+	Mapping       Mapping
+	Filtering     Filtering
+	IgnoreInbound bool
+}
+
+// Mapping is what the external endpoint of a hidden flow depends on, in the
+// words of RFC 4787, section 4.1.
+type Mapping uint8
+
+const (
+	// MapAddressAndPort: on where the flow goes; the kernel chooses.
+	MapAddressAndPort Mapping = iota
+	// MapEndpointIndependent: on the inside endpoint (address, protocol and
+	// port, or identifier of ICMP queries) alone.
+	MapEndpointIndependent
+)
+
+// Filtering is who may come in to a mapping, in the words of RFC 4787, section
+// 5.
+type Filtering uint8
+
+const (
+	// FilterAddressAndPort: the endpoints that the inside has sent to.
+	FilterAddressAndPort Filtering = iota
+	// FilterAddress: the addresses that it has sent to.
+	FilterAddress
+	// FilterEndpointIndependent: everybody.
+	FilterEndpointIndependent
+)
+
+// Maps says whether the flows of a protocol that the rule hides are mapped
+// endpoint-independently.
+func (r *NetworkRule) Maps(p flow.Proto) bool {
+	return r.Relation == NAT && r.Mapping == MapEndpointIndependent && (p.HasPorts() || p == flow.ICMP)
 }
 
 // Action of a rule. The zero value denies.
@@ -176,6 +212,8 @@ const (
 	ClassKernel               // carry it; for the gateway itself: accept it
 	ClassAsk                  // queue it: user space decides
 	ClassAskOpen              // the same, on the queues that fail open
+	ClassMap                  // carry it if its inside endpoint has a mapping; else queue it
+	ClassMapOpen              // the same, on the queues that fail open
 )
 
 // Reason says why a flow was refused, for the log.
@@ -215,3 +253,6 @@ type Verdict struct {
 func (v Verdict) Translated(t flow.Tuple) bool {
 	return v.NetworkRule != nil && v.NetworkRule.Relation == NAT && t.Is4() && !v.Reverse
 }
+
+// Maps says whether the flow leaves by a mapping of its inside endpoint.
+func (v Verdict) Maps(t flow.Tuple) bool { return v.Translated(t) && v.NetworkRule.Maps(t.Proto) }
