@@ -62,10 +62,12 @@ const DefaultMask = 0x0f000000
 //	          |            c     = cut, in the conntrack mark; in the packet
 //	          |                    mark it is the fourth bit of the Path
 //
-// One value of the conntrack mark stands for itself, because a living flow is
-// never refused: the cut bit with the path Reject is a kernel flow that passes
-// one way only (see OneWay). So does one value of the packet mark, see Plain.
-// All bits outside the mask are other people's and are kept.
+// Two values of the conntrack mark stand for themselves, because a living flow
+// is never refused: the cut bit with the path Reject is a kernel flow that
+// passes one way only (see OneWay), and with HostUnreachable a first packet
+// whose sender is still to be looked for among the peers of a mapping (see
+// Stranger). So does one value of the packet mark, see Plain. All bits outside
+// the mask are other people's and are kept.
 type Marks struct {
 	shift uint
 }
@@ -105,9 +107,15 @@ func (m Marks) Plain() uint32 { return m.Cut() | m.Value(Kernel) }
 // IsOneWay says whether a conntrack mark is that of such a flow.
 func (m Marks) IsOneWay(mark uint32) bool { return mark&m.Mask() == m.OneWay() }
 
+// Stranger is the conntrack mark of the first packet of an inbound kernel flow,
+// from where it was let in until the forward chain knows that its sender is one
+// of the addresses that the inside endpoint has sent to, with nobody else's
+// bits. No flow keeps it.
+func (m Marks) Stranger() uint32 { return m.Cut() | m.Value(HostUnreachable) }
+
 // Path reads the path out of a conntrack mark.
 func (m Marks) Path(mark uint32) Path {
-	if m.IsOneWay(mark) {
+	if m.IsOneWay(mark) || mark&m.Mask() == m.Stranger() {
 		return Kernel
 	}
 	return Path(mark >> m.shift & 7)
@@ -118,4 +126,6 @@ func (m Marks) Path(mark uint32) Path {
 func (m Marks) CutValue(p Path) uint32 { return m.Cut() | m.Value(p) }
 
 // IsCut says whether a conntrack mark is that of a flow that was cut.
-func (m Marks) IsCut(mark uint32) bool { return mark&m.Cut() != 0 && !m.IsOneWay(mark) }
+func (m Marks) IsCut(mark uint32) bool {
+	return mark&m.Cut() != 0 && !m.IsOneWay(mark) && mark&m.Mask() != m.Stranger()
+}

@@ -69,6 +69,10 @@ const (
 	chainUse          = "use"            // a permission lets the flow in
 	chainUseOneWay    = "use_one_way"    // the same, without its answers
 	chainUseLocal     = "use_local"      // a permission lets the flow in to the gateway itself
+	chainUseMapped    = "use_mapped"     // a mapping lets the flow in
+	chainUsePeer      = "use_peer"       // the same, if its sender is known
+	chainPeer         = "peer"           // whether it is
+	chainAround       = "around"         // from the inside to an external address
 	chainListed       = "listed"         // one of several sources of a single-use permission
 	chainListedOneWay = "listed_one_way" // the same, for use_one_way
 	chainListedLocal  = "listed_local"   // the same, for use_local
@@ -80,6 +84,7 @@ const (
 	chainMarked       = "marked"         // packets of flows whose mark is not a kernel flow's
 	chainFirst        = "first"          // first packets
 	chainJudged       = "judged"         // first packets that the queue gave back
+	chainCarryKnown   = "carry_known"    // the same, of an endpoint whose peers are remembered
 	chainCarryFirst   = "carry_first"    // a new kernel flow
 	chainCarryPlain   = "carry_plain"    // the same, by a rule alone
 	chainTakeFirst    = "take_first"     // a new user flow
@@ -134,6 +139,9 @@ func Build(in Input, o Options) (Ruleset, error) {
 	b.r.counters = counterNames
 	b.r.flowtable, b.r.xtQueue = o.Flowtable, !o.Native
 	b.permissionSets()
+	if err := b.outMaps(); err != nil {
+		return Ruleset{}, fmt.Errorf("build the ruleset: %w", err)
+	}
 	for _, part := range []func() error{b.networkSets, b.upstreamZone, b.arrive, b.judged, b.translate, b.forward, b.pairs, b.publish, b.gateway} {
 		if err := part(); err != nil {
 			return Ruleset{}, fmt.Errorf("build the ruleset: %w", err)

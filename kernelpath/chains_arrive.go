@@ -38,6 +38,7 @@ const (
 //		meta l4proto tcp tcp flags & (fin|syn|rst|ack) != syn goto not_syn
 //		meta nfproto ipv4 ip daddr @gate4 jump permit4
 //		meta nfproto ipv6 ip6 daddr @gate6 jump permit6
+//		meta l4proto { tcp, udp } th dport LEASES fib daddr type local jump around
 //		... (see publish)
 //		fib daddr type { local, broadcast, anycast, multicast } accept
 //		iifname vmap @zones
@@ -82,6 +83,9 @@ func (b *builder) arrive() error {
 	for _, family := range []family{ipv4, ipv6} {
 		f.add(is(fieldNFProto, family.nfproto), in(setGate(family), family.daddr), jump(chainPermit+family.suffix))
 	}
+	if b.maps() {
+		f.add(tcpOrUDP(), ports(fieldDport, b.Ranges.Leases), is(fieldDaddrType, typeLocal), jump(chainAround))
+	}
 	b.ifPublished(f, chainPublished)
 	f.add(toGateway(), accept())
 	if len(b.in.Compiled.Zones) > 1 {
@@ -95,6 +99,7 @@ func (b *builder) arrive() error {
 	n.add(count(counterNotSyn), drop())
 	b.permit()
 	b.answers()
+	b.mapped()
 	return nil
 }
 

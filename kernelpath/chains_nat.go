@@ -120,6 +120,7 @@ func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
 //		meta mark and MASK == PLAIN accept
 //		ct mark and MASK == K goto bound
 //		ct mark and MASK == ONE WAY goto bound
+//		ct mark and MASK == STRANGER goto bound
 //		meta mark and MASK == K ct mark and MASK == 0 ct mark set K goto bound (what failed open)
 //	}
 //	chain bound {
@@ -141,7 +142,7 @@ func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
 func (b *builder) translate() error {
 	d := b.base("dstnat", hook{nftables.ChainTypeNAT, "prerouting", nftables.ChainHook(unix.NF_INET_PRE_ROUTING), priorityDstNAT, nftables.ChainPolicyAccept})
 	d.add(masked(fieldMetaMark, b.Marks.Mask(), b.Marks.Plain()), accept())
-	for _, m := range []uint32{b.mark(flow.Kernel), b.Marks.OneWay()} {
+	for _, m := range []uint32{b.mark(flow.Kernel), b.Marks.OneWay(), b.Marks.Stranger()} {
 		d.add(masked(fieldCtMark, b.Marks.Mask(), m), goTo(chainBound))
 	}
 	d.add(masked(fieldMetaMark, b.Marks.Mask(), b.mark(flow.Kernel)), masked(fieldCtMark, b.Marks.Mask(), 0), b.putPath(fieldCtMark, flow.Kernel), goTo(chainBound))
@@ -164,9 +165,6 @@ func (b *builder) translate() error {
 	six.add(maskedNot(fieldMetaMark, b.Marks.Mask(), b.Marks.Plain()), tcpOrUDP(), jump(chainSeen+ipv6.suffix))
 	six.add(accept())
 	if err := b.seen(); err != nil {
-		return err
-	}
-	if err := b.outMaps(); err != nil {
 		return err
 	}
 	for _, r := range b.in.NetworkRules {
@@ -224,10 +222,16 @@ func (b *builder) source(s *chain, f family) {
 // its external address: it must show an external address as well, or the
 // answer would not come back this way (RFC 4787, REQ-9).
 func (b *builder) hairpin(s *chain, r policy.NetworkRule) {
+	for _, other := range b.hiddenNetworks() {
+		if other != r.From && r.Mapping != policy.MapEndpointIndependent {
+			continue
+		}
+		if inside, ok := b.between(r.From, other); ok {
+			s.add(append(rule{ctTranslated()}, append(inside, hasEndpoint(), leaveMapped(mapOut(r.Name)))...)...)
+		}
+	}
 	if inside, ok := b.between(r.From, r.From); ok {
-		match := append(rule{ctTranslated()}, inside...)
-		s.add(append(slices.Clone(match), hasEndpoint(), leaveMapped(mapOut(r.Name)))...)
-		b.hide(s, match, hideBehindAsked)
+		b.hide(s, append(rule{ctTranslated()}, inside...), hideBehindAsked)
 	}
 }
 

@@ -66,7 +66,7 @@ func (b *builder) pairs() error {
 		f.add(to(in, 0))
 	}
 	for _, t := range c.Forward {
-		if err := b.table(pairChain(t.In, t.Out), fmt.Sprintf("p%d_%d", t.In, t.Out), t, chainDiscard, forwardVerdict); err != nil {
+		if err := b.table(pairChain(t.In, t.Out), fmt.Sprintf("p%d_%d", t.In, t.Out), t, chainDiscard, b.forwardVerdict); err != nil {
 			return err
 		}
 	}
@@ -106,7 +106,7 @@ func (b *builder) zoneMap(name string, to func(id int) stmt) {
 // boxVerdict is what becomes of the first packets of a box.
 type boxVerdict func(policy.Box) (stmt, error)
 
-func forwardVerdict(x policy.Box) (stmt, error) {
+func (b *builder) forwardVerdict(x policy.Box) (stmt, error) {
 	switch x.Class {
 	case policy.ClassKernel:
 		if x.Publication != 0 {
@@ -121,6 +121,11 @@ func forwardVerdict(x policy.Box) (stmt, error) {
 		return goTo(chainAsk), nil
 	case policy.ClassAskOpen:
 		return goTo(chainAskOpen), nil
+	case policy.ClassMap, policy.ClassMapOpen:
+		if n := int(x.NetworkRule); n < len(b.in.NetworkRules) && b.in.NetworkRules[n].Mapping == policy.MapEndpointIndependent {
+			return goTo(mappedChain(b.in.NetworkRules[n].Name, x.Class == policy.ClassMapOpen)), nil
+		}
+		return stmt{}, fmt.Errorf("network rule %d maps no endpoints", x.NetworkRule)
 	}
 	return stmt{}, fmt.Errorf("class %d is unknown", x.Class)
 }

@@ -59,7 +59,7 @@ func (b *builder) publish() error {
 	}
 	b.chain(chainReceived).add(accept())
 	b.publishedAddresses()
-	if err := b.byZone(chainPublished, chainReceived, b.in.Compiled.Publish, publishVerdict); err != nil {
+	if err := b.byZone(chainPublished, chainReceived, b.in.Compiled.Publish, b.publishVerdict); err != nil {
 		return err
 	}
 	servers := make([]policy.Table, len(b.in.Compiled.Publish))
@@ -155,11 +155,11 @@ func (b *builder) byZone(name, rest string, tables []policy.Table, verdict boxVe
 
 // publishVerdict: a box that is nobody's publication and lets a flow in is the
 // gateway's own; its input chain decides.
-func publishVerdict(x policy.Box) (stmt, error) {
+func (b *builder) publishVerdict(x policy.Box) (stmt, error) {
 	if x.Publication == 0 && x.Class == policy.ClassKernel {
 		return goTo(chainReceived), nil
 	}
-	return forwardVerdict(x)
+	return b.forwardVerdict(x)
 }
 
 func serverVerdict(x policy.Box) (stmt, error) {

@@ -69,7 +69,7 @@ func (b *builder) exhausted() {
 // forward lets nothing pass but kernel flows.
 //
 //	ct mark and MASK == K accept (with a flowtable: goto carry)
-//	ct mark and MASK vmap { K with the cut bit : goto cut, ONE WAY : accept }
+//	ct mark and MASK vmap { K with the cut bit : goto cut, ONE WAY : accept, STRANGER : goto peer }
 //	meta mark and MASK == K ct mark set K goto carry
 //	counter name "unmarked" drop
 //
@@ -85,6 +85,7 @@ func (b *builder) forward() error {
 		{[]value{markValue(b.Marks.CutValue(flow.Kernel))}, goTo(chainCut)},
 		// Never offloaded: arrive drops its answers.
 		{[]value{markValue(b.Marks.OneWay())}, accept()},
+		{[]value{markValue(b.Marks.Stranger())}, goTo(chainPeer)},
 	}))
 	f.add(masked(fieldMetaMark, b.Marks.Mask(), b.mark(flow.Kernel)), masked(fieldCtMark, b.Marks.Mask(), 0), b.putPath(fieldCtMark, flow.Kernel), goTo(chainCarry))
 	f.add(count(counterUnmarked), drop())
@@ -227,7 +228,8 @@ func asksIn(tables []policy.Table) bool {
 	for _, t := range tables {
 		for _, s := range t.Stages {
 			for _, x := range s.Boxes {
-				if x.Class == policy.ClassAsk || x.Class == policy.ClassAskOpen {
+				switch x.Class {
+				case policy.ClassAsk, policy.ClassAskOpen, policy.ClassMap, policy.ClassMapOpen:
 					return true
 				}
 			}

@@ -31,7 +31,7 @@ func testOptions(t testing.TB) Options {
 		Marks: defaultMarks(t), Native: true,
 		FirstClosed: 100, NumClosed: 4, FirstOpen: 110, NumOpen: 1,
 		TProxyPort: 8000, Zone: 77, LogGroup: 5, ReversePath: ReversePathStrict,
-		Ranges: nat.Ranges{Kernel: nat.Range{Lo: 20000, Hi: 29999}},
+		Ranges: nat.Ranges{Kernel: nat.Range{Lo: 20000, Hi: 29999}, Leases: nat.Range{Lo: 40000, Hi: 49999}},
 	}
 }
 
@@ -101,6 +101,27 @@ func routedZones() Input {
 	return in
 }
 
+// mappedZones has two hidden networks whose endpoints are mapped, each in its
+// own way.
+func mappedZones() Input {
+	any4 := "0.0.0.0/0"
+	in := twoZones()
+	in.Networks = append(in.Networks, policy.Network{Name: "guests", Interfaces: []string{"lan1"}})
+	in.NetworkRules = []policy.NetworkRule{
+		{Name: "out", From: "lan", To: "internet", Relation: policy.NAT, Mapping: policy.MapEndpointIndependent, Filtering: policy.FilterEndpointIndependent},
+		{Name: "guests", From: "guests", To: "internet", Relation: policy.NAT, Mapping: policy.MapEndpointIndependent, Filtering: policy.FilterAddress},
+	}
+	in.Compiled.Zones = append(in.Compiled.Zones, policy.Zone{ID: 3, Interfaces: []string{"lan1"}})
+	in.Compiled.Forward[0].Stages = []policy.Stage{
+		ports4(box("10.0.0.0/24", any4, flow.TCP, flow.TCP, 21, 21, policy.ClassAsk), box("10.0.0.0/24", any4, flow.TCP, flow.UDP, 53, 80, policy.ClassMap)),
+		{Kind: policy.KindICMP, Boxes: []policy.Box{box("10.0.0.0/24", any4, 0, 0, 8, 8, policy.ClassMap)}},
+	}
+	guests := box(any4, any4, flow.UDP, flow.UDP, 0, 65535, policy.ClassMapOpen)
+	guests.NetworkRule = 1
+	in.Compiled.Forward = append(in.Compiled.Forward, policy.Table{In: 3, Out: 2, Stages: []policy.Stage{ports4(guests)}})
+	return in
+}
+
 func samples(t testing.TB) map[string]Ruleset {
 	t.Helper()
 	hard := testOptions(t)
@@ -112,7 +133,7 @@ func samples(t testing.TB) map[string]Ruleset {
 		in Input
 		o  Options
 	}{
-		"nat": {twoZones(), testOptions(t)}, "published": {publishing(), testOptions(t)}, "routed": {routedZones(), hard}, "empty": {Input{}, off},
+		"nat": {twoZones(), testOptions(t)}, "published": {publishing(), testOptions(t)}, "routed": {routedZones(), hard}, "empty": {Input{}, off}, "mapped": {mappedZones(), testOptions(t)},
 	} {
 		r, err := Build(s.in, s.o)
 		if err != nil {
@@ -176,14 +197,26 @@ func TestBuildNamesFitTogether(t *testing.T) {
 		used[chainAsk], used[chainListed], used[chainUse], used[chainAskOpen] = true, true, true, true
 		used[chainRefuse], used[chainCarryFirst] = true, true
 		used[chainCarryPlain] = true // no rule, none that the kernel decides
+		used[chainUseMapped], used[chainUsePeer] = true, true
+		for _, r := range []string{"out", "guests", "hidden"} {
+			// Where endpoints are not mapped, they wait for a reload.
+			name := "@" + setKnown(r)
+			used[name] = defined[name] > 0 || used[name]
+		}
+		for _, r := range mappedZones().NetworkRules {
+			for _, open := range []bool{false, true} {
+				name := mappedChain(r.Name, open)
+				used[name] = defined[name] > 0 || used[name]
+			}
+		}
 		for _, name := range []string{chainWide, chainUseOneWay, chainListedOneWay, chainUseLocal, chainListedLocal, chainSeenGateway} {
 			used[name] = true
 		}
 		for _, f := range []family{ipv4, ipv6} {
 			used[mapSourceAddr(f)], used[mapSourcePort(f)] = true, true
 		}
-		for n := range used {
-			if defined[n] != 1 {
+		for n, named := range used {
+			if named && defined[n] != 1 {
 				t.Errorf("%s: %s is defined %d times", name, n, defined[n])
 			}
 		}

@@ -9,6 +9,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/sluicegw/sluice/nat"
 )
 
 // is matches a field that has exactly this value:  iifname "lan0"
@@ -132,6 +134,14 @@ func in(name string, key ...field) stmt {
 	}}
 }
 
+// ports matches a range of ports:  th dport 40000-49999
+func ports(f field, r nat.Range) stmt {
+	return stmt{fmt.Sprintf("%s %s", f.text, r), func(c *code) {
+		c.add(f.load(1), &expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: portValue(r.Lo).raw},
+			&expr.Cmp{Op: expr.CmpOpLte, Register: 1, Data: portValue(r.Hi).raw})
+	}}
+}
+
 // fromTo matches both ports of TCP or UDP:  th sport 67 th dport 68
 func fromTo(sport, dport uint16) stmt {
 	return stmt{fmt.Sprintf("th sport %d th dport %d", sport, dport), func(c *code) {
@@ -224,6 +234,11 @@ const dynsetDelete = 2
 // remove takes the packet's key out of a set:  delete @once4 { ip saddr ... }
 func remove(name string, key ...field) stmt {
 	return dynset(fmt.Sprintf("delete @%s { %s }", name, fieldText(key)), name, dynsetDelete, 0, key)
+}
+
+// insert puts the packet's key into a set:  add @peer4 { ip saddr ... }
+func insert(name string, key ...field) stmt {
+	return dynset(fmt.Sprintf("add @%s { %s }", name, fieldText(key)), name, unix.NFT_DYNSET_OP_ADD, 0, key)
 }
 
 // refresh puts the packet's key into a set, or starts its time anew.

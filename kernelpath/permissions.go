@@ -30,7 +30,11 @@ import (
 //	  with a port                              source4 : goto source_port4, and source_port4 : address . port
 //	  without                                  source4 : goto source_addr4, and source_addr4 : address
 //	the client sees the gateway                inside4 : goto seen_gateway, without a timeout
-//	what the client sends leaves from there    out4_... of the network rule: the client's address . protocol . port : address . port
+//	what the client sends leaves from there    key: the client's address . protocol . port
+//	                                           out4_... of the network rule : address . port, and known4_... of the network rule
+//	of an endpoint-independent mapping         the same, and if anybody may come in
+//	  everybody                                permit_any4 : goto use_mapped
+//	  whom the client has sent to              permit_any4 : goto use_peer
 //
 // and the same for IPv6 with the suffix 6. The destination is where the first
 // packet goes: the target of an outbound permission, or the address of the
@@ -98,6 +102,10 @@ func slotsOf(p nat.Permission) ([]slot, error) {
 		s.use, s.listed = chainUseLocal, chainListedLocal
 	case p.OneWay:
 		s.use, s.listed = chainUseOneWay, chainListedOneWay
+	case p.PeersOnly:
+		s.use = chainUsePeer
+	case p.Mapped:
+		s.use = chainUseMapped
 	}
 	if p.Proto.HasPorts() {
 		if err := s.openings(); err != nil {
@@ -106,8 +114,10 @@ func slotsOf(p nat.Permission) ([]slot, error) {
 		s.translations(to)
 	}
 	if p.Leaves != "" {
-		s.value(mapOut(p.Leaves), socketExtents(p.Proto, p.Client), fmt.Sprintf("%s . %d", to.Addr(), to.Port()),
+		inside := socketExtents(p.Proto, p.Client)
+		s.value(mapOut(p.Leaves), inside, fmt.Sprintf("%s . %d", to.Addr(), to.Port()),
 			pack(to.Addr().AsSlice(), portValue(to.Port()).raw))
+		s.put(setKnown(p.Leaves), inside, "").elem.timeout = 0
 	}
 	return s.all, nil
 }
@@ -291,6 +301,9 @@ func destinationOf(p nat.Permission) (netip.AddrPort, error) {
 	}
 	if p.OneWay && (p.Direction != nat.Inbound || p.Proto != flow.UDP || p.ToUser) {
 		return bad("only inbound UDP that the kernel carries can pass one way")
+	}
+	if (p.Mapped || p.PeersOnly) && (p.Leaves == "" || !p.Mapped || !p.Multiple || p.OneWay || len(p.Sources) > 0) {
+		return bad("%s is no mapping", p.External)
 	}
 	to := p.Target
 	switch p.Direction {

@@ -197,7 +197,7 @@ func (h *holders) release(id uint64, k slotKey, now time.Time) {
 // withMaps leaves out what would be in the map of a network rule that is not
 // there.
 func (h *holders) withMaps(slots []slot) []slot {
-	return slices.DeleteFunc(slices.Clone(slots), func(s slot) bool { return strings.HasPrefix(s.set, outPrefix) && !h.outMaps[s.set] })
+	return slices.DeleteFunc(slices.Clone(slots), func(s slot) bool { return ofNetworkRule(s.set) && !h.outMaps[s.set] })
 }
 
 // loaded is told of the table's maps of network rules. What was in one that has
@@ -212,10 +212,10 @@ func (h *holders) loaded(outMaps map[string]bool) {
 		return
 	}
 	for id, keys := range h.byID {
-		h.byID[id] = slices.DeleteFunc(keys, func(k slotKey) bool { return strings.HasPrefix(k.set, outPrefix) && !outMaps[k.set] })
+		h.byID[id] = slices.DeleteFunc(keys, func(k slotKey) bool { return ofNetworkRule(k.set) && !outMaps[k.set] })
 	}
 	for k := range h.slots {
-		if strings.HasPrefix(k.set, outPrefix) && !outMaps[k.set] {
+		if ofNetworkRule(k.set) && !outMaps[k.set] {
 			delete(h.slots, k)
 		}
 	}
@@ -345,7 +345,7 @@ func (t *Table) restore(tx *transaction, old *existing, r Ruleset) int {
 	now, n := time.Now(), 0
 	fresh, outMaps := map[string][]element{}, r.outMapNames()
 	for k, h := range t.holders.slots {
-		if _, there := old.sets[k.set]; there || strings.HasPrefix(k.set, outPrefix) && !outMaps[k.set] {
+		if _, there := old.sets[k.set]; there || ofNetworkRule(k.set) && !outMaps[k.set] {
 			continue
 		}
 		if e, ok := h.element(now); ok {

@@ -23,8 +23,9 @@ type Permitted struct {
 	// "ranges" (some sources are ranges), "bind" (a translation, which lets
 	// nobody in by itself), "refuse" (who else goes there is told no),
 	// "source" (where a flow leaves from), "seen" (the client sees the gateway
-	// as the source) or "leaves" (where the flows of an
-	// inside endpoint leave from). "one way" or "local" follows where the flow
+	// as the source), "leaves" (where the flows of an inside endpoint leave
+	// from), or "mapped" or "mapped peers" (who may come in to an
+	// endpoint-independent mapping). "one way" or "local" follows where the flow
 	// may do no more than that.
 	Use   string
 	Proto flow.Proto
@@ -114,7 +115,7 @@ func (t *Table) Permissions() ([]Permitted, error) {
 // another one does not.
 func permitted(name string, a map[uint16][]byte) (Permitted, bool) {
 	key := attributes(a[unix.NFTA_SET_ELEM_KEY])[unix.NFTA_DATA_VALUE]
-	f := familyOf(strings.HasSuffix(name, ipv6.suffix) && !strings.HasPrefix(name, outPrefix))
+	f := familyOf(strings.HasSuffix(name, ipv6.suffix) && !ofNetworkRule(name))
 	p := Permitted{Use: "once"}
 	size := len(f.unspecified.raw)
 	switch name {
@@ -148,10 +149,14 @@ var verdictUses = map[string]string{
 	chainUse: "many", chainAsk: "ask", chainListed: "listed", chainWide: "ranges",
 	chainUseOneWay: "many one way", chainListedOneWay: "listed one way",
 	chainUseLocal: "many local", chainListedLocal: "listed local",
+	chainUseMapped: "mapped", chainUsePeer: "mapped peers",
 }
 
 // meaning fills in what the set and its value say.
 func (p *Permitted) meaning(name string, f family, data map[uint16][]byte) bool {
+	if strings.HasPrefix(name, knownPrefix) {
+		return false // out4_ has more
+	}
 	if strings.HasPrefix(name, outPrefix) {
 		p.Use, p.Becomes = "leaves", addrPortOf(data[unix.NFTA_DATA_VALUE])
 		return p.Becomes.IsValid()

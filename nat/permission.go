@@ -63,6 +63,13 @@ type Permission struct {
 	// may have that, and nothing else: the ports of Client and External are
 	// then identifiers of queries.
 	Leaves string
+	// Mapped permissions are those of endpoint-independent mappings: the kernel
+	// does not tell of the flows that it lets in, and hosts that the rule hides
+	// are user space's. Multiple and, to let anybody in at all, AnySource.
+	Mapped bool
+	// PeersOnly, for Mapped: of any source only those addresses that Client has
+	// sent to.
+	PeersOnly bool
 
 	// Multiple permissions are not used up by their first flow.
 	Multiple bool
