@@ -349,7 +349,7 @@ func draw(r *rand.Rand) *model {
 		if x.Action == Deny {
 			x.Refusal = Refusal(pick(3))
 		} else if !slices.Contains(x.To, Gateway) {
-			x.NoKernelMode, x.FailOpen = pick(4) == 0, pick(2) == 0
+			x.NoKernelMode, x.FailOpen = pick(4) == 0, pick(3) > 0
 			for _, d := range m.protocols {
 				if d.Filter != "" && slices.Contains(x.Protocols, d.Name) && !slices.ContainsFunc(x.Filters, func(u FilterUse) bool { return u.Name == d.Filter }) {
 					x.Filters = append(x.Filters, FilterUse{Name: d.Filter})
