@@ -83,9 +83,7 @@ func (b *builder) arrive() error {
 	for _, family := range []family{ipv4, ipv6} {
 		f.add(is(fieldNFProto, family.nfproto), in(setGate(family), family.daddr), jump(chainPermit+family.suffix))
 	}
-	if b.maps() {
-		f.add(tcpOrUDP(), ports(fieldDport, b.Ranges.Leases), is(fieldDaddrType, typeLocal), jump(chainAround))
-	}
+	b.ifMapped(f)
 	b.ifPublished(f, chainPublished)
 	f.add(toGateway(), accept())
 	if len(b.in.Compiled.Zones) > 1 {

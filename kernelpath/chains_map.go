@@ -9,6 +9,7 @@ import (
 	"github.com/google/nftables"
 
 	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
 	"github.com/sluicegw/sluice/policy"
 )
 
@@ -137,7 +138,7 @@ func mappedChain(networkRule string, open bool) string {
 	return name
 }
 
-// around sends what comes from a network whose endpoints are mapped, and goes
+// ifMapped sends what comes from a network whose endpoints are mapped, and goes
 // to an external address of the gateway, to user space (hairpin, RFC 4787,
 // REQ-9): it gives the sender a mapping of its own and knows whom that one has
 // sent to. What mappings of others let in comes here by a permission; the ports
@@ -151,6 +152,17 @@ func mappedChain(networkRule string, open bool) string {
 //		meta nfproto ipv4 meta l4proto { tcp, udp } ip daddr . meta l4proto . th dport @via4 return
 //		meta nfproto ipv4 iifname @net0_if ip saddr @net0_addr4 goto ask
 //	}
+func (b *builder) ifMapped(c *chain) {
+	if !b.maps() {
+		return
+	}
+	for _, r := range append([]nat.Range{b.Ranges.WellKnown}, b.Ranges.Leases...) {
+		if r != (nat.Range{}) {
+			c.add(tcpOrUDP(), ports(fieldDport, r), is(fieldDaddrType, typeLocal), jump(chainAround))
+		}
+	}
+}
+
 func (b *builder) around() {
 	c := b.chain(chainAround)
 	c.add(is(fieldNFProto, ipv4.nfproto), tcpOrUDP(), in(setVia(ipv4), ipv4.socket()...), leave())

@@ -31,7 +31,7 @@ func testOptions(t testing.TB) Options {
 		Marks: defaultMarks(t), Native: true,
 		FirstClosed: 100, NumClosed: 4, FirstOpen: 110, NumOpen: 1,
 		TProxyPort: 8000, Zone: 77, LogGroup: 5, ReversePath: ReversePathStrict,
-		Ranges: nat.Ranges{Kernel: nat.Range{Lo: 20000, Hi: 29999}, Leases: nat.Range{Lo: 40000, Hi: 49999}},
+		Ranges: nat.Ranges{Kernel: nat.Range{Lo: 20000, Hi: 29999}, Leases: []nat.Range{{Lo: 40000, Hi: 49999}}},
 	}
 }
 
