@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
@@ -221,7 +222,8 @@ func (s *session) behind(b filterapi.Bind, t terms) (netip.Addr, bool, error) {
 	}
 	// The route to those who may come tells the address.
 	if list := b.IPFilter.Prefixes(); len(list) > 0 {
-		if _, source, _, err := s.e.routes.Lookup(list[0].Addr()); err == nil && source.IsValid() {
+		iface, source, _, err := s.e.routes.Lookup(list[0].Addr())
+		if err == nil && source.IsValid() && slices.Contains(s.e.Policy().NetworksOf(list[0].Addr(), iface), v.NetworkRule.To) {
 			return source, true, nil
 		}
 	}

@@ -39,6 +39,7 @@ func TestWhereBindsOpen(t *testing.T) {
 		"IPv6, an address wanted":       {from: inner6, to: server6, name: inner6, client: "[fd00:a::2]:5000", external: "[2001:db8:b::1]:0", want: "[2001:db8:b::1]:0"},
 		"no primary":                    {from: client, to: control, name: outer, protocol: "talk", filter: peer, want: "203.0.113.1:0"},
 		"no primary, no peer":           {from: client, to: control, name: outer, protocol: "talk", want: "203.0.113.1:0"},
+		"no primary, a peer inside":     {from: client, to: control, name: outer, protocol: "talk", filter: filterapi.OnlyFrom(netip.MustParseAddr("10.0.0.3")), want: "203.0.113.1:0"},
 		"a port by its number":          {from: client, to: control, name: outer, protocol: "talk", external: "0.0.0.0:7000", want: "203.0.113.1:7000"},
 		"a wish":                        {from: client, to: control, name: outer, external: "0.0.0.0:7000", flags: filterapi.Preferred, want: "203.0.113.1:7000"},
 		"a wish for a service's":        {from: client, to: control, name: outer, external: "0.0.0.0:22", flags: filterapi.Preferred, want: "203.0.113.1:0"},
