@@ -193,7 +193,7 @@ func (e *Engine) refuse(c *connection, r refused) Decision {
 
 // takeOver makes what userpath needs to carry a flow.
 func (e *Engine) takeOver(c *connection) Decision {
-	t := &Takeover{Tuple: c.tuple, flow: c, kill: make(chan struct{})}
+	t := &Takeover{Tuple: c.tuple, flow: c}
 	emulated, _ := c.state()
 	switch {
 	case c.inbound() && c.explicit:

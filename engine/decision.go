@@ -68,6 +68,16 @@ type Takeover struct {
 	Buffer int
 
 	flow *connection
-	kill chan struct{}
-	once sync.Once
+
+	mu      sync.Mutex
+	killed  bool
+	kill    chan struct{} // made when somebody asks for it
+	carrier Carrier       // nil: nobody has said so
+}
+
+// Carrier is what carries the bytes of a Takeover.
+type Carrier interface {
+	// Cut ends the flow at once. It does not block, and may be called again,
+	// from any goroutine.
+	Cut()
 }

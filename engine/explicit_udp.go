@@ -72,14 +72,7 @@ func (x *udpPeers) stale(p *udpPeer) bool {
 	return x.engine().now().UnixNano()-p.last.Load() > int64(x.engine().idle)
 }
 
-func (p *udpPeer) killed() bool {
-	select {
-	case <-p.t.kill:
-		return true
-	default:
-		return false
-	}
-}
+func (p *udpPeer) killed() bool { return p.t.isCut() }
 
 // keep remembers a peer; false: the socket is closed.
 func (x *udpPeers) keep(a netip.AddrPort, p *udpPeer) (old *udpPeer, kept bool) {

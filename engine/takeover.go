@@ -44,12 +44,53 @@ func (t *Takeover) Connected(name, peer netip.AddrPort) {
 // Established tells the engine that the connection stands from end to end.
 func (t *Takeover) Established() { t.flow.e.established(t.flow) }
 
-// Killed is closed when the engine wants the flow to end at once: userpath
-// then resets both ends and calls Ended.
-func (t *Takeover) Killed() <-chan struct{} { return t.kill }
+// CarriedBy names who ends the flow when the engine wants that at once: it
+// then resets both ends and calls Ended. Where the engine wants it already, Cut
+// is called before CarriedBy returns.
+func (t *Takeover) CarriedBy(c Carrier) {
+	t.mu.Lock()
+	t.carrier = c
+	killed := t.killed
+	t.mu.Unlock()
+	if killed {
+		c.Cut()
+	}
+}
+
+// Killed is closed when the engine wants the flow to end at once, for those
+// who wait for that and are no Carrier.
+func (t *Takeover) Killed() <-chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.kill == nil {
+		t.kill = make(chan struct{})
+		if t.killed {
+			close(t.kill)
+		}
+	}
+	return t.kill
+}
 
 // cut asks userpath to end the flow. It may be called again.
-func (t *Takeover) cut() { t.once.Do(func() { close(t.kill) }) }
+func (t *Takeover) cut() {
+	t.mu.Lock()
+	first, c := !t.killed, t.carrier
+	t.killed = true
+	if first && t.kill != nil {
+		close(t.kill)
+	}
+	t.mu.Unlock()
+	if first && c != nil {
+		c.Cut()
+	}
+}
+
+// isCut says whether the engine wants the flow to end.
+func (t *Takeover) isCut() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.killed
+}
 
 // Ended is the one end of a flow that user space carried, or tried to. reason
 // may be empty.

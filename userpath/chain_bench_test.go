@@ -78,27 +78,28 @@ func chainTurn(b *testing.B, t *TCP, n int, env string) (bytes float64, cpu time
 		b.Fatal(err)
 	}
 	client, server := bareAccept(b, l), bareAccept(b, l)
-	job := tcpJob{takeover: newRecorder(b)}
+	var job tcpJob
 	for i := range n {
 		job.chain = append(job.chain, engine.Link{Filter: filterapi.DataFilter(passer{}), Name: fmt.Sprint(i)})
 	}
 	before := cpuTime(b)
-	f, err := t.begin(job, server)
+	job.dialled = make(chan error, 1)
+	rec := newRecorder(b)
+	job.takeover = rec
+	f, err := t.begin(job, -1, server)
 	if err != nil {
 		b.Fatal(err)
 	}
-	t.stats.flows.Add(1)
 	if err := f.watchFar(); err != nil {
 		b.Fatal(err)
 	}
-	if err := <-f.dialled; err != nil || !f.arrived(client) {
+	if err := <-job.dialled; err != nil || !f.arrived(client) {
 		b.Fatal("the flow is over before it began")
 	}
-	go f.follow()
 	if err := load.Wait(); err != nil {
 		b.Fatalf("%v\n%s", err, out.String())
 	}
-	<-f.done
+	rec.wait()
 	return float64(f.sent.Load()), cpuTime(b) - before
 }
 

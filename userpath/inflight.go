@@ -1,7 +1,6 @@
 package userpath
 
 import (
-	"context"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -44,6 +43,7 @@ type inflight struct {
 	open   bool // came by a fail-open queue
 	born   time.Duration
 	ctx    decideContext
+	queues *Queues // whose it is, once it is dialled
 
 	stage    stage
 	dialling bool
@@ -52,7 +52,7 @@ type inflight struct {
 	moving   int           // how many of held are between two queues
 	held     []heldPacket  // in the order of their arrival
 	first    [1]heldPacket // room for held: most flows are one packet
-	cancel   context.CancelFunc
+	dial     Dialling      // nil: none, or it has not begun
 
 	in         *flowList
 	next, prev *inflight
@@ -205,15 +205,26 @@ func (f *inflight) waiting() bool {
 }
 
 // startDial says that the flow waits for a dial from now on, and no more for
-// its decision; cancel is called when it is forgotten. False: it is too late.
-func (f *inflight) startDial(cancel context.CancelFunc) bool {
+// its decision. False: it is too late.
+func (f *inflight) startDial() bool {
 	f.shard.mu.Lock()
 	defer f.shard.mu.Unlock()
 	if f.stage != judging {
 		return false
 	}
-	f.dialling, f.cancel = true, cancel
+	f.dialling = true
 	return true
+}
+
+// dials says which dial hears when the flow is forgotten. False: it is, and
+// the caller tells it.
+func (f *inflight) dials(d Dialling) bool {
+	f.shard.mu.Lock()
+	defer f.shard.mu.Unlock()
+	if f.stage == judging {
+		f.dial = d
+	}
+	return f.stage != gone
 }
 
 // forgetLocked ends a flow in any stage.
@@ -228,8 +239,9 @@ func (f *inflight) forgetLocked() {
 	f.held, f.moving = nil, 0
 	f.in.remove(f)
 	delete(f.shard.flows, f.packet.Tuple)
-	if f.cancel != nil {
-		f.cancel()
+	if f.dial != nil {
+		f.dial.Lost()
+		f.dial = nil
 	}
 }
 
@@ -239,7 +251,7 @@ func (f *inflight) releasedLocked(now time.Duration) {
 	f.in.remove(f)
 	f.shard.done.push(f)
 	f.shard.table.live.Add(-1)
-	f.cancel = nil
+	f.dial = nil
 }
 
 // busy says whether any flow is there, answered ones included.

@@ -30,13 +30,16 @@ type loop struct {
 	stop  bool
 	lame  chan struct{} // rings for tasks when the epoll instance has failed
 
+	reports reports // to the engine
+
 	// Loop-owned.
-	quit   bool // the last task has run
-	events []unix.EpollEvent
-	marks  []marked
-	again  []*tcpFlow // had more to carry when their turn was over
-	scrap  []byte     // for bytes in passage, never across two events
-	pipes  []*pipe
+	quit     bool // the last task has run
+	events   []unix.EpollEvent
+	marks    []marked
+	answered Held       // whose packet, and perhaps others', is to be released
+	again    []*tcpFlow // had more to carry when their turn was over
+	scrap    []byte     // for bytes in passage, never across two events
+	pipes    []*pipe
 }
 
 // slot is the place of a flow; gen makes an event of the former tenant void.
@@ -83,8 +86,9 @@ func newLoop() (*loop, error) {
 	}
 	return &loop{
 		epoll: os.NewFile(uintptr(epfd), "epoll"), epfd: epfd, bell: bell,
-		events: make([]unix.EpollEvent, loopEvents),
-		scrap:  make([]byte, scrapSize),
+		events:  make([]unix.EpollEvent, loopEvents),
+		scrap:   make([]byte, scrapSize),
+		reports: reports{bell: make(chan struct{}, 1)},
 	}, nil
 }
 
@@ -199,11 +203,7 @@ func (l *loop) turn() (done bool, err error) {
 				return true, nil
 			}
 		}
-		for i := range l.marks {
-			m := &l.marks[i]
-			m.flow.happened(m.side, m.events)
-			m.flow = nil
-		}
+		l.dispatch()
 		unfinished := l.again
 		l.again = nil
 		for _, f := range unfinished {
@@ -215,6 +215,20 @@ func (l *loop) turn() (done bool, err error) {
 		} else if n < len(l.events) && err == nil {
 			return false, nil
 		}
+	}
+}
+
+// dispatch has the flows of this turn act on their events. What ends a dial
+// comes first: a SYN that is held waits for it.
+func (l *loop) dispatch() {
+	for _, dials := range []bool{true, false} {
+		for i := range l.marks {
+			if m := &l.marks[i]; m.flow != nil && (!dials || !m.flow.shaken) {
+				m.flow.happened(m.side, m.events)
+				m.flow = nil
+			}
+		}
+		l.release()
 	}
 }
 
@@ -245,6 +259,7 @@ func (l *loop) runTasks() {
 	for _, fn := range tasks {
 		fn()
 	}
+	l.release()
 }
 
 // flows is everyone with a slot.

@@ -109,6 +109,7 @@ type Queues struct {
 	ctx      context.Context // of Run
 	dials    atomic.Int64
 	dialling sync.WaitGroup
+	answered answered
 }
 
 // queueKind says what a queue is for.

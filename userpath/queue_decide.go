@@ -10,18 +10,42 @@ import (
 )
 
 // Takeovers is what carries the flows whose decision is User. Both methods own
-// the takeover from the call on and end it themselves when they do not return
-// User. They run on a goroutine of their own and may block; the first packet
-// is held meanwhile. ctx bounds the call alone: it is cancelled when the packet
-// is lost, and after the return.
+// the takeover from the call on and end it themselves when the answer is not
+// User. The first packet is held meanwhile.
 type Takeovers interface {
-	// TCP dials upstream and returns User when the connection stands, else
-	// what the client is to be told: Reject, HostUnreachable, NetUnreachable,
-	// PortUnreachable, Exhausted, or Drop.
-	TCP(ctx context.Context, t *engine.Takeover) flow.Path
-	// UDP makes ready to receive the flow's datagrams and returns as TCP does.
+	// TCP begins to dial upstream, does not wait for it, and answers: User when
+	// the connection stands, else what the client is to be told: Reject,
+	// HostUnreachable, NetUnreachable, PortUnreachable, Exhausted, or Drop. It
+	// gives up after within, or some time later. nil: the answer was given.
+	TCP(t *engine.Takeover, within time.Duration, first Held) Dialling
+	// UDP makes ready to receive the flow's datagrams and returns the answer.
+	// It runs on a goroutine of its own and may block. ctx bounds the call
+	// alone: it is cancelled when the packet is lost, and after the return.
 	UDP(ctx context.Context, t *engine.Takeover) flow.Path
 }
+
+// Held is a first packet that waits for its answer. Neither method blocks; both
+// may be called from any goroutine.
+type Held interface {
+	// Answer is called exactly once. The packet does not go before a Release.
+	Answer(flow.Path)
+	// Release has the packets of all answers go that were given so far, of
+	// this one and of others, in one send if they can.
+	Release()
+}
+
+// Dialling is a dial that is under way.
+type Dialling interface {
+	// Lost says that nobody waits for the answer any more. It does not block
+	// and may come too late.
+	Lost()
+}
+
+// cancelled is a dial that ends with its context.
+type cancelled context.CancelFunc
+
+// Lost implements Dialling.
+func (c cancelled) Lost() { c() }
 
 // judge asks for the decision on a flow. True: it is settled and the caller
 // releases it. Else it goes on elsewhere, or nobody waits for it any more.
@@ -57,14 +81,23 @@ func (q *Queues) takeOver(f *inflight, t *engine.Takeover) (release bool) {
 		release, _ = f.settle(flow.Drop)
 		return release
 	}
-	ctx, cancel := context.WithTimeout(q.ctx, q.cfg.DialWithin)
-	if !f.startDial(cancel) {
-		cancel()
+	if !f.startDial() {
 		q.dials.Add(-1)
 		return q.tooLate(f, t)
 	}
 	q.dialling.Add(1)
-	go q.dial(ctx, cancel, f, t)
+	f.queues = q
+	if f.packet.Proto == flow.TCP {
+		if d := q.cfg.Takeovers.TCP(t, q.cfg.DialWithin, f); d != nil && !f.dials(d) {
+			d.Lost()
+		}
+		return false
+	}
+	ctx, cancel := context.WithTimeout(q.ctx, q.cfg.DialWithin)
+	if !f.dials(cancelled(cancel)) {
+		cancel()
+	}
+	go q.readyUDP(ctx, cancel, f, t)
 	return false
 }
 
@@ -81,22 +114,53 @@ func (q *Queues) tooLate(f *inflight, t *engine.Takeover) (release bool) {
 	return release
 }
 
-func (q *Queues) dial(ctx context.Context, cancel context.CancelFunc, f *inflight, t *engine.Takeover) {
-	defer q.dialling.Done()
+func (q *Queues) readyUDP(ctx context.Context, cancel context.CancelFunc, f *inflight, t *engine.Takeover) {
 	defer cancel()
 	path := flow.Drop
-	switch f.packet.Proto {
-	case flow.TCP:
-		path = q.cfg.Takeovers.TCP(ctx, t)
-	case flow.UDP:
+	if f.packet.Proto == flow.UDP {
 		path = q.cfg.Takeovers.UDP(ctx, t)
-	default:
+	} else {
 		q.abandon(t, "neither TCP nor UDP")
 	}
+	f.Answer(path)
+	f.Release()
+}
+
+// Answer implements Held.
+func (f *inflight) Answer(p flow.Path) {
+	q := f.queues
 	q.dials.Add(-1)
-	if release, _ := f.settle(path); release {
-		q.release(f)
+	if release, _ := f.settle(p); release {
+		q.answered.mu.Lock()
+		q.answered.flows = append(q.answered.flows, f)
+		q.answered.mu.Unlock()
 	}
+	q.dialling.Done()
+}
+
+// Release implements Held.
+func (f *inflight) Release() {
+	q := f.queues
+	q.answered.mu.Lock()
+	flows := q.answered.flows
+	q.answered.flows, q.answered.spare = q.answered.spare[:0], nil
+	q.answered.mu.Unlock()
+	if len(flows) == 0 {
+		return
+	}
+	q.release(flows...)
+	clear(flows)
+	q.answered.mu.Lock()
+	q.answered.spare = flows
+	q.answered.mu.Unlock()
+}
+
+// answered are the flows whose dials have ended and whose packets have not
+// gone yet.
+type answered struct {
+	mu    sync.Mutex
+	flows []*inflight
+	spare []*inflight // room for the next ones
 }
 
 // decideContext is the context of one decision. Most decisions never ask for

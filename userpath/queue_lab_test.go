@@ -126,7 +126,15 @@ type queueLab struct {
 // labTakeovers answers for both protocols.
 type labTakeovers func(context.Context, *engine.Takeover) flow.Path
 
-func (f labTakeovers) TCP(ctx context.Context, t *engine.Takeover) flow.Path { return f(ctx, t) }
+func (f labTakeovers) TCP(t *engine.Takeover, within time.Duration, first Held) Dialling {
+	ctx, cancel := context.WithTimeout(context.Background(), within)
+	go func() {
+		defer cancel()
+		first.Answer(f(ctx, t))
+		first.Release()
+	}()
+	return cancelled(cancel)
+}
 func (f labTakeovers) UDP(ctx context.Context, t *engine.Takeover) flow.Path { return f(ctx, t) }
 
 func newQueueLab(t testing.TB, bypass bool) *queueLab {

@@ -13,7 +13,6 @@ import (
 
 	"go.uber.org/zap"
 
-	"github.com/sluicegw/sluice/engine"
 	"github.com/sluicegw/sluice/flow"
 )
 
@@ -161,8 +160,10 @@ func (t *TCP) Run(ctx context.Context) error {
 		failed.CompareAndSwap(nil, &err)
 		stop(err)
 	}
+	var reporters sync.WaitGroup
 	for _, l := range t.loops {
 		tasks.Go(func() { l.run(broken) })
+		reporters.Go(l.reports.run)
 	}
 	for _, file := range t.listeners {
 		tasks.Go(func() {
@@ -185,6 +186,10 @@ func (t *TCP) Run(ctx context.Context) error {
 	t.stop()
 	tasks.Wait()
 	t.flows.Wait()
+	for _, l := range t.loops {
+		l.reports.close()
+	}
+	reporters.Wait()
 	if err := failed.Load(); err != nil {
 		return *err
 	}
@@ -209,98 +214,9 @@ func (t *TCP) stop() {
 	}
 }
 
-// The ends of a dial that are nobody's error.
-var (
-	errStopping = errors.New("the gateway stops")
-	errKilled   = errors.New("killed")
-	errLost     = errors.New("the first packet is not held any more")
-)
-
-// Takeover dials the far end while the initiator's SYN is held, and returns
-// User when the connection stands; then the initiator's is expected at the
-// listener. Otherwise it returns what the initiator is to be told. It owns the
-// takeover from the call on and reports its end in any case. ctx bounds the
-// dial alone.
-func (t *TCP) Takeover(ctx context.Context, takeover *engine.Takeover) flow.Path {
-	return t.takeOver(ctx, jobOf(takeover))
-}
-
-func (t *TCP) takeOver(ctx context.Context, job tcpJob) flow.Path {
-	f, err := t.open(ctx, job)
-	if err != nil {
-		return t.undialled(f, job, err)
-	}
-	if !job.emulated { // else there is no external side to name
-		job.Connected(f.name(), job.dial.Target)
-	}
-	f.mu.Lock()
-	f.since = t.now()
-	f.mu.Unlock()
-	if old := t.waiting.put(f); old != nil {
-		old.abort(flow.TimedOut, "the initiator began anew")
-	}
-	t.stats.flows.Add(1)
-	go f.follow()
-	return flow.User
-}
-
-// undialled reports the end of a flow that did not come about, and gives the
-// answer to its initiator. f is nil or being taken down.
-func (t *TCP) undialled(f *tcpFlow, job tcpJob, err error) flow.Path {
-	path, result := classifyDial(err)
-	switch {
-	case errors.Is(err, errKilled):
-		path, result = flow.Reject, flow.CutByPolicy
-	case errors.Is(err, errStopping):
-		result = flow.CutByPolicy
-	}
-	job.Ended(flow.Counts{}, result, err.Error())
-	if f != nil {
-		t.flows.Done()
-	}
-	return path
-}
-
-// dial makes the upstream connection. With a flow and an error, the flow is
-// being taken down and the caller counts it out of t.flows.
-func (t *TCP) dial(ctx context.Context, job tcpJob) (*tcpFlow, error) {
-	if err := t.cfg.Steer(); err != nil {
-		return nil, err
-	}
-	fd, err := startDial(job.dial, t.cfg.Marks)
-	if err != nil {
-		return nil, err
-	}
-	f, err := t.begin(job, fd)
-	if err != nil {
-		resetFD(fd)
-		return nil, err
-	}
-	if err = f.watchFar(); err == nil {
-		unreachable := t.asIfs.enter(job.dial)
-		defer t.asIfs.leave(job.dial, unreachable)
-		select {
-		case err = <-f.dialled:
-		case err = <-unreachable:
-		case <-ctx.Done():
-			err = errLost
-			if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-				err = errDialTimeout
-			}
-		case <-job.Killed():
-			err = errKilled
-		case <-f.done:
-			err = errStopping
-		}
-	}
-	if err != nil {
-		f.abort(flow.Failed, "")
-	}
-	return f, err
-}
-
-// begin makes a flow with its far end's socket and a slot in a loop.
-func (t *TCP) begin(job tcpJob, far int) (*tcpFlow, error) {
+// begin makes a flow with the sockets that are there, -1: not yet, and a slot
+// in a loop.
+func (t *TCP) begin(job tcpJob, init, far int) (*tcpFlow, error) {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
 	if t.stopping.Load() {
@@ -308,7 +224,12 @@ func (t *TCP) begin(job tcpJob, far int) (*tcpFlow, error) {
 	}
 	f := new(tcpFlow)
 	f.prepare(t, t.loops[t.nextLoop.Add(1)%uint32(len(t.loops))], job)
-	f.ends[sideFar].fd = far
+	f.ends[sideInit].fd, f.ends[sideFar].fd = init, far
+	f.told = init >= 0
+	f.shaken = f.shaken || f.told
+	if job.within > 0 {
+		f.dialBy = t.now().Add(job.within)
+	}
 	t.flows.Add(1)
 	f.loop.enter(f)
 	return f, nil
@@ -378,7 +299,10 @@ func (l *loop) sweep(t *TCP) {
 		since := f.since
 		f.mu.Unlock()
 		switch age := now.Sub(since); {
-		case since.IsZero(): // dialling
+		case since.IsZero():
+			if !f.told && !f.dialBy.IsZero() && now.After(f.dialBy) {
+				f.dialEnds(errDialTimeout)
+			}
 		case !f.carrying.Load():
 			switch {
 			case age <= t.cfg.WaitForInitiator:

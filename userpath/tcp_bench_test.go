@@ -53,7 +53,7 @@ func (l *tcpLab) clientLoop(todo <-chan int) {
 	jobs, paths := make(chan tcpJob), make(chan flow.Path)
 	go l.gateway.in(func() error {
 		for j := range jobs {
-			paths <- l.tcp.takeOver(context.Background(), j)
+			paths <- l.tcp.takeOverNow(context.Background(), j)
 		}
 		return nil
 	})

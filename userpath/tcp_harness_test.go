@@ -32,7 +32,7 @@ type ending struct {
 // recorder stands in for the engine's takeover.
 type recorder struct {
 	tb          testing.TB
-	kill        chan struct{}
+	kill, over  chan struct{}
 	ended       chan ending
 	endings     atomic.Int32
 	established atomic.Int32
@@ -40,19 +40,30 @@ type recorder struct {
 }
 
 func newRecorder(tb testing.TB) *recorder {
-	return &recorder{tb: tb, kill: make(chan struct{}), ended: make(chan ending, 1)}
+	return &recorder{tb: tb, kill: make(chan struct{}), over: make(chan struct{}), ended: make(chan ending, 1)}
 }
 
 func (r *recorder) Conn() filterapi.Connection          { return nil }
 func (r *recorder) Connected(name, peer netip.AddrPort) { r.name, r.peer = name, peer }
 func (r *recorder) Established()                        { r.established.Add(1) }
-func (r *recorder) Killed() <-chan struct{}             { return r.kill }
 func (r *recorder) Ended(c flow.Counts, res flow.Result, reason string) {
 	if r.endings.Add(1) > 1 {
 		r.tb.Errorf("Ended called again: %v %q", res, reason)
 		return
 	}
 	r.ended <- ending{c, res, reason}
+	close(r.over)
+}
+
+// CarriedBy has the flow end when kill is closed.
+func (r *recorder) CarriedBy(c engine.Carrier) {
+	go func() {
+		select {
+		case <-r.kill:
+			c.Cut()
+		case <-r.over:
+		}
+	}()
 }
 
 func (r *recorder) wait() ending {
@@ -132,6 +143,34 @@ func tcpPair(tb testing.TB) (*net.TCPConn, int) {
 	return c.(*net.TCPConn), fd
 }
 
+// heldSYN is a first packet whose answer somebody waits for.
+type heldSYN chan flow.Path
+
+func (h heldSYN) Answer(p flow.Path) { h <- p }
+func (h heldSYN) Release()           {}
+
+// takeOverNow begins a flow and waits for its answer; the packet is lost with
+// ctx, or, at its deadline, the dial has taken too long.
+func (t *TCP) takeOverNow(ctx context.Context, job tcpJob) flow.Path {
+	held := make(heldSYN, 1)
+	job.held = held
+	if at, ok := ctx.Deadline(); ok {
+		job.within = time.Until(at)
+	}
+	d := t.takeOver(job)
+	for done := ctx.Done(); ; {
+		select {
+		case p := <-held:
+			return p
+		case <-done:
+			done = nil
+			if ctx.Err() == context.Canceled && d != nil {
+				d.Lost()
+			}
+		}
+	}
+}
+
 // carried is a flow between two sockets of the test.
 type carried struct {
 	*recorder
@@ -150,21 +189,21 @@ func carry(tb testing.TB, t *TCP, outside bool, filters ...filterapi.DataFilter)
 	for i, f := range filters {
 		job.chain = append(job.chain, engine.Link{Filter: f, Name: fmt.Sprintf("f%d", i)})
 	}
-	f, err := t.begin(job, c.farFD)
+	job.dialled = make(chan error, 1)
+	f, err := t.begin(job, -1, c.farFD)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	t.stats.flows.Add(1)
+	f.job.CarriedBy(f)
 	if err := f.loop.watch(f, sideFar); err != nil {
 		tb.Fatal(err)
 	}
-	if err := <-f.dialled; err != nil {
+	if err := <-job.dialled; err != nil {
 		tb.Fatal(err)
 	}
 	if !f.arrived(c.initFD) {
 		tb.Fatal("the flow is over before it began")
 	}
-	go f.follow()
 	c.flow = f
 	return c
 }

@@ -126,7 +126,7 @@ func (l *tcpLab) rules() {
 
 // takeOver runs a takeover in the gateway.
 func (l *tcpLab) takeOver(ctx context.Context, job tcpJob) (p flow.Path) {
-	l.gateway.must(l, func() error { p = l.tcp.takeOver(ctx, job); return nil })
+	l.gateway.must(l, func() error { p = l.tcp.takeOverNow(ctx, job); return nil })
 	return p
 }
 

@@ -156,7 +156,7 @@ func TestStopResetsEveryone(t *testing.T) {
 		}
 	}
 	r := newRecorder(t)
-	if p := tcp.takeOver(context.Background(), tcpJob{takeover: r, dial: engine.Dial{Target: netip.MustParseAddrPort("127.0.0.1:9")}}); p.Carries() {
+	if p := tcp.takeOverNow(context.Background(), tcpJob{takeover: r, dial: engine.Dial{Target: netip.MustParseAddrPort("127.0.0.1:9")}}); p.Carries() {
 		t.Errorf("a takeover after the end: %v", p)
 	}
 	r.wait()

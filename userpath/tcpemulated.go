@@ -52,21 +52,6 @@ func (f *tcpFlow) watchFar() error {
 	return f.loop.watch(f, sideFar)
 }
 
-// open makes a flow for an initiator whose SYN is held: nobody is dialled for
-// an emulated one.
-func (t *TCP) open(ctx context.Context, job tcpJob) (*tcpFlow, error) {
-	if !job.emulated {
-		return t.dial(ctx, job)
-	}
-	if len(job.chain) == 0 || job.initiatorExternal {
-		return nil, errNoEmulation
-	}
-	if err := t.cfg.Steer(); err != nil {
-		return nil, err
-	}
-	return t.begin(job, -1)
-}
-
 // Originate dials a client in the name of a filter that emulates its peer, and
 // returns when the connection stands. The filter gets the client's socket as
 // its internal one, and no external. Originate owns the takeover from the call
@@ -86,14 +71,10 @@ func (t *TCP) originate(ctx context.Context, job tcpJob) error {
 		if errors.Is(err, errLost) {
 			err = context.Cause(ctx)
 		}
-		t.undialled(f, job, err)
 		return fmt.Errorf("dial %s from %s: %w", job.dial.Target, job.dial.Source, err)
 	}
 	job.Connected(f.name(), job.dial.Target)
-	t.stats.flows.Add(1)
-	stands := f.originated()
-	go f.follow()
-	if !stands {
+	if !f.originated() {
 		return fmt.Errorf("dial %s from %s: %w", job.dial.Target, job.dial.Source, filterapi.ErrTerminating)
 	}
 	return nil

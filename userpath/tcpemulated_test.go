@@ -291,15 +291,15 @@ func TestBrokenLoopEndsItsFlows(t *testing.T) {
 	c := &carried{recorder: newRecorder(t)}
 	c.client, c.initFD = tcpPair(t)
 	c.server, c.farFD = tcpPair(t)
-	f, err := tcp.begin(tcpJob{takeover: c.recorder}, c.farFD)
+	f, err := tcp.begin(tcpJob{takeover: c.recorder, dialled: make(chan error, 1)}, -1, c.farFD)
 	if err != nil {
 		t.Fatal(err)
 	}
 	f.shaken = true
+	f.dialEnds(nil) // the loop does not run yet
 	if err := f.watchFar(); err != nil || !f.arrived(c.initFD) {
 		t.Fatal(err)
 	}
-	go f.follow()
 	null, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)

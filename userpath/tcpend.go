@@ -84,6 +84,7 @@ func (f *tcpFlow) broke(side int, err error) {
 	if f.over {
 		return
 	}
+	f.ends[side].dead = err == unix.ECONNRESET
 	if !f.heldByFilters() {
 		f.finish(resultOf(err), f.sideName(side)+": "+err.Error())
 		return
@@ -100,7 +101,7 @@ func (f *tcpFlow) closeEnd(side int, reset bool) {
 	e.shut.Store(true)
 	e.mu.Lock()
 	if !e.gone && e.fd >= 0 {
-		if reset {
+		if reset && !e.dead {
 			resetFD(e.fd)
 		} else {
 			unix.Close(e.fd)
@@ -144,10 +145,22 @@ func (f *tcpFlow) end(r flow.Result, reason string, reset bool) {
 		f.loop.dropPassage(&f.dirs[i])
 	}
 	f.loop.leave(f)
-	close(f.done)
+	if !f.told {
+		f.tcp.asIfs.leave(f)
+		if f.dialErr == nil { // it ended before its dial
+			f.dialErr = errors.New(reason)
+			if f.tcp.stopping.Load() {
+				f.dialErr = errStopping
+			}
+		}
+	} else if !f.carrying.Load() {
+		f.tcp.waiting.remove(f)
+	}
 	if f.chain != nil {
+		close(f.done)
 		f.chain.cancel()
 	}
+	f.loop.reports.add(report{f, false})
 }
 
 // resultOf is the result of a flow whose end failed with err.

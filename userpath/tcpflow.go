@@ -19,7 +19,7 @@ type takeover interface {
 	Conn() filterapi.Connection
 	Connected(name, peer netip.AddrPort)
 	Established()
-	Killed() <-chan struct{}
+	CarriedBy(engine.Carrier)
 	Ended(flow.Counts, flow.Result, string)
 }
 
@@ -33,6 +33,12 @@ type tcpJob struct {
 	emulated          bool // the last filter stands in for the external end
 	joined            bool // both ends are handed in: no initiator comes to the listener
 	buffer            int
+
+	// One of them hears how the dial went: the held first packet, or a
+	// goroutine that waits.
+	held    Held
+	dialled chan error    // has room for one
+	within  time.Duration // of the dial of a held one, at least
 }
 
 func jobOf(t *engine.Takeover) tcpJob {
@@ -59,11 +65,9 @@ type tcpFlow struct {
 	ends [2]tcpEnd
 	dirs [2]direction
 
-	dialled chan error    // one value: the handshake's end
-	stands  chan struct{} // closed when both ends are there
-	done    chan struct{}
-	sent    atomic.Uint64 // payload from the initiator
-	rcvd    atomic.Uint64 // payload to the initiator
+	done chan struct{} // closed at the end; nil without data filters
+	sent atomic.Uint64 // payload from the initiator
+	rcvd atomic.Uint64 // payload to the initiator
 
 	mu       sync.Mutex // orders the arrival of the initiator and the end
 	over     bool       // written by the loop under mu
@@ -74,8 +78,11 @@ type tcpFlow struct {
 	queued   bool // in loop.again
 	kept     bool // keepalive is set on the far end
 	shaken   bool // the handshake is over
+	told     bool // how the dial went is told, or nobody is dialled
 	lingerBy time.Time
-	result   flow.Result // after done: anyone
+	dialBy   time.Time
+	dialErr  error       // why it never stood; after the end: the reporter's
+	result   flow.Result // likewise
 	reason   string
 
 	chain *chain // nil without data filters
@@ -92,6 +99,7 @@ type tcpEnd struct {
 	// Loop-owned: what the socket can do, as far as its events told. false
 	// is certain until the next event, true is to be tried.
 	readable, writable, hungUp, failed bool
+	dead                               bool // reset by its peer, which wants no other reset
 
 	eof  atomic.Bool // nothing more comes from it
 	shut atomic.Bool // nothing more goes to it
@@ -126,14 +134,11 @@ const (
 
 func (f *tcpFlow) prepare(t *TCP, l *loop, job tcpJob) {
 	f.tcp, f.loop, f.job = t, l, job
-	f.dialled = make(chan error, 1)
-	f.stands = make(chan struct{})
-	f.done = make(chan struct{})
-	f.ends[sideInit].fd, f.ends[sideFar].fd = -1, -1
 	f.ends[sideInit].nodelay = true // inherited from the listener
 	if len(job.chain) == 0 {
 		return
 	}
+	f.done = make(chan struct{})
 	for i := range f.ends {
 		f.ends[i].rd, f.ends[i].wr = make(chan struct{}, 1), make(chan struct{}, 1)
 		f.dirs[i].carrier.Store(byFilters)
@@ -179,10 +184,7 @@ func (f *tcpFlow) handshake(e *tcpEnd, events uint32) {
 		return
 	}
 	f.shaken = true
-	select {
-	case f.dialled <- err:
-	default:
-	}
+	f.dialEnds(err)
 }
 
 // step carries what can be carried. Loop only.
@@ -251,35 +253,7 @@ func (f *tcpFlow) begin() {
 	if f.chain != nil {
 		f.chain.start()
 	}
-	close(f.stands)
-}
-
-// follow waits for what becomes of a flow and reports it. It is the one
-// goroutine that every flow has.
-func (f *tcpFlow) follow() {
-	stands, killed := f.stands, f.job.Killed()
-	for over := false; !over; {
-		select {
-		case <-stands:
-			stands = nil
-			f.job.Established()
-		case <-killed:
-			killed = nil
-			f.abort(flow.CutByPolicy, "killed")
-		case <-f.done:
-			over = true
-		}
-	}
-	if stands != nil && f.carrying.Load() { // both came at once
-		f.job.Established()
-	}
-	f.tcp.waiting.remove(f)
-	if f.chain != nil {
-		f.chain.wait()
-	}
-	f.job.Ended(f.counts(), f.result, f.reason)
-	f.tcp.stats.flows.Add(-1)
-	f.tcp.flows.Done()
+	f.loop.reports.add(report{f, true})
 }
 
 // counts is the payload as the initiator sees it.

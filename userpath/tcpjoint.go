@@ -41,12 +41,11 @@ func (u *User) Receive(t *engine.Takeover, conn net.Conn) (engine.Joint, error) 
 
 func (t *TCP) connect(ctx context.Context, job tcpJob) (engine.Joint, error) {
 	job.joined = true
-	f, err := t.open(ctx, job)
+	f, err := t.dial(ctx, job)
 	if err != nil {
 		if errors.Is(err, errLost) {
 			err = context.Cause(ctx)
 		}
-		t.undialled(f, job, err)
 		return nil, fmt.Errorf("dial %s: %w", job.dial.Target, err)
 	}
 	if !job.emulated { // else there is no external side to name
@@ -62,25 +61,16 @@ func (t *TCP) receive(job tcpJob, conn net.Conn) (engine.Joint, error) {
 		job.Ended(flow.Counts{}, flow.Failed, err.Error())
 		return nil, err
 	}
-	f, err := t.begin(job, -1)
+	job.Connected(job.tuple.Dst, job.tuple.Src)
+	t.stats.flows.Add(1)
+	f, err := t.begin(job, fd, -1)
 	if err != nil {
+		t.stats.flows.Add(-1)
 		resetFD(fd)
-		t.undialled(nil, job, err)
+		job.undialled(err)
 		return nil, fmt.Errorf("receive from %s: %w", job.tuple.Src, err)
 	}
-	f.mu.Lock()
-	over := f.over
-	if !over {
-		f.ends[sideInit].fd = fd
-	}
-	f.mu.Unlock()
-	if over {
-		resetFD(fd)
-		t.undialled(f, job, errStopping)
-		return nil, fmt.Errorf("receive from %s: %w", job.tuple.Src, errStopping)
-	}
-	f.loop.post(func() { f.shaken = true }) // nobody is dialled
-	job.Connected(job.tuple.Dst, job.tuple.Src)
+	job.CarriedBy(f)
 	return t.joint(f, sideFar), nil
 }
 
@@ -89,8 +79,6 @@ func (t *TCP) joint(f *tcpFlow, side int) *tcpJoint {
 	f.mu.Lock()
 	f.since = t.now()
 	f.mu.Unlock()
-	t.stats.flows.Add(1)
-	go f.follow()
 	return &tcpJoint{f: f, side: side}
 }
 

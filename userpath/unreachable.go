@@ -14,32 +14,30 @@ import (
 // sends the ICMP error to that address, past the socket that it is meant for.
 type dialTable struct {
 	mu sync.Mutex
-	m  map[flow.Tuple]chan error
+	m  map[flow.Tuple]*tcpFlow
 }
 
-// enter gives where such an error will be heard; nil for a dial under the
-// gateway's own address, whose socket hears it.
-func (d *dialTable) enter(dial engine.Dial) <-chan error {
-	if !dial.Transparent {
-		return nil
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.m == nil {
-		d.m = make(map[flow.Tuple]chan error)
-	}
-	c := make(chan error, 1)
-	d.m[dialTuple(dial)] = c
-	return c
-}
-
-func (d *dialTable) leave(dial engine.Dial, c <-chan error) {
-	if c == nil {
+// enter has a dial hear such an error. One under the gateway's own address
+// hears it by its socket.
+func (d *dialTable) enter(f *tcpFlow) {
+	if !f.job.dial.Transparent {
 		return
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if t := dialTuple(dial); d.m[t] == c {
+	if d.m == nil {
+		d.m = make(map[flow.Tuple]*tcpFlow)
+	}
+	d.m[dialTuple(f.job.dial)] = f
+}
+
+func (d *dialTable) leave(f *tcpFlow) {
+	if !f.job.dial.Transparent {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if t := dialTuple(f.job.dial); d.m[t] == f {
 		delete(d.m, t)
 	}
 }
@@ -62,10 +60,7 @@ var pathErrors = map[flow.Path]error{
 func (t *TCP) Unreachable(quoted flow.Tuple, told flow.Path) {
 	t.asIfs.mu.Lock()
 	defer t.asIfs.mu.Unlock()
-	if c := t.asIfs.m[quoted]; c != nil {
-		select {
-		case c <- pathErrors[told]:
-		default: // one is enough
-		}
+	if f := t.asIfs.m[quoted]; f != nil {
+		f.loop.post(func() { f.dialEnds(pathErrors[told]) })
 	}
 }

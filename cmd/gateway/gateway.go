@@ -66,8 +66,8 @@ type takeovers struct {
 	udp *userpath.UDP
 }
 
-func (t takeovers) TCP(ctx context.Context, x *engine.Takeover) flow.Path {
-	return t.tcp.Takeover(ctx, x)
+func (t takeovers) TCP(x *engine.Takeover, within time.Duration, first userpath.Held) userpath.Dialling {
+	return t.tcp.Takeover(x, within, first)
 }
 
 func (t takeovers) UDP(ctx context.Context, x *engine.Takeover) flow.Path {
