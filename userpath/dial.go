@@ -29,7 +29,7 @@ func startDial(d engine.Dial, marks flow.Marks) (fd int, err error) {
 		return -1, fmt.Errorf("make a socket: %w", err)
 	}
 	if err = prepareDial(fd, d, marks); err == nil {
-		err = unix.Connect(fd, sockaddrOf(d.Target))
+		err = rawConnect(fd, d.Target)
 		if err == unix.EADDRNOTAVAIL && d.Source.Port() == 0 {
 			err = errNoPort
 		}

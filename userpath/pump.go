@@ -136,7 +136,7 @@ func (f *tcpFlow) read(dir int) (n int, err error) {
 		}
 		d.bulk = false // out of descriptors: copying needs none
 	}
-	n, err = unix.Read(src.fd, f.loop.scrap)
+	n, err = rawRead(src.fd, f.loop.scrap)
 	if n <= 0 {
 		return 0, err
 	}
@@ -169,7 +169,7 @@ func (f *tcpFlow) spliceIn(d *direction, src *tcpEnd) (int, error) {
 func (f *tcpFlow) sendPiece(dir int, piece []byte) error {
 	dst := &f.ends[dir^oppositeMask]
 	dst.hurry()
-	n, err := unix.Write(dst.fd, piece)
+	n, err := rawWrite(dst.fd, piece)
 	if err != nil && err != unix.EAGAIN && err != unix.EINTR {
 		return errDstBroken{err}
 	}
@@ -190,7 +190,7 @@ func (f *tcpFlow) flush(dir int) error {
 		var err error
 		dst.hurry()
 		if len(d.rest) > 0 {
-			if n, err = unix.Write(dst.fd, d.rest); n > 0 {
+			if n, err = rawWrite(dst.fd, d.rest); n > 0 {
 				d.rest = d.rest[n:]
 			}
 		} else {
@@ -237,7 +237,7 @@ func (f *tcpFlow) discard(dir int) {
 		if src.eof.Load() || !src.readable {
 			return
 		}
-		switch n, err := unix.Read(src.fd, f.loop.scrap); {
+		switch n, err := rawRead(src.fd, f.loop.scrap); {
 		case err == unix.EAGAIN:
 			src.readable = false
 		case err == unix.EINTR:

@@ -142,7 +142,7 @@ func (s *queueSocket) readable() (yes bool) {
 // sendNetlink sends to the kernel; netlink handles it before the call returns.
 func sendNetlink(fd uintptr, b []byte) error {
 	for {
-		_, err := unix.SendmsgN(int(fd), b, nil, nil, unix.MSG_DONTWAIT)
+		err := rawSend(int(fd), b)
 		if err != unix.EINTR {
 			return os.NewSyscallError("sendmsg", err)
 		}

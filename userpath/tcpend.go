@@ -104,7 +104,7 @@ func (f *tcpFlow) closeEnd(side int, reset bool) {
 		if reset && !e.dead {
 			resetFD(e.fd)
 		} else {
-			unix.Close(e.fd)
+			rawClose(e.fd)
 		}
 	}
 	e.gone = true

@@ -140,5 +140,5 @@ func outOfResources(err error) bool {
 // resetFD closes a TCP socket with a reset (RFC 9293, 3.10.4 ABORT).
 func resetFD(fd int) {
 	unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
-	unix.Close(fd)
+	rawClose(fd)
 }
