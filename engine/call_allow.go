@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/sluicegw/sluice/filterapi"
@@ -20,6 +21,9 @@ func (s *session) RetroactiveAllowBind(a filterapi.AllowBind) (already bool, err
 		return fail(filterapi.ErrInvalidArgument)
 	}
 	p, err := s.findBind(a)
+	if errors.Is(err, filterapi.ErrNotFound) {
+		p, err = s.mappedBind(a)
+	}
 	if err != nil {
 		return fail(err)
 	}

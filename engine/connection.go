@@ -34,6 +34,13 @@ type connection struct {
 	perm      *permission // that let it in; nil: a primary connection
 	bind      *permission // of a bind object
 
+	// Where a network rule maps endpoints: the rule and what it was asked, the
+	// mapping of the flow's source, and that of its destination, if it is one.
+	netRule         *policy.NetworkRule
+	leaving         policy.Question
+	mapping, around *mapping
+	holds           bool // it counts as a flow of them
+
 	internalTranslation bool // its server sees the gateway's own address
 
 	// explicit: the client asked the gateway for it, and has a connection to

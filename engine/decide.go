@@ -19,6 +19,12 @@ func (e *Engine) Decide(ctx context.Context, first flow.Packet) Decision {
 	if refusal != nil {
 		return e.refuse(c, *refusal)
 	}
+	if c.session == nil {
+		return e.decideMapped(ctx, c)
+	}
+	if r := e.mapConnection(ctx, c); r != nil {
+		return e.refuse(c, *r)
+	}
 	d := Decision{Path: flow.Kernel}
 	if e.concerns(c) {
 		if err := e.raise(ctx, c); err != nil {
@@ -33,6 +39,7 @@ func (e *Engine) Decide(ctx context.Context, first flow.Packet) Decision {
 		}
 		if c.forUser() {
 			d = e.takeOver(c)
+			e.holdMappings(c)
 		}
 	}
 	if !c.commit(d) {
@@ -107,6 +114,7 @@ func (e *Engine) admit(rules *policy.Policy, p flow.Packet) (*connection, *refus
 			return c, &refused{refusedPath(c), flow.Denied, "the session of its permission has ended"}
 		}
 		c.session = perm.session
+		e.mapPermitted(rules, c)
 		return c, nil
 	}
 	if e.perms.leads(p.Tuple) {
@@ -116,16 +124,38 @@ func (e *Engine) admit(rules *policy.Policy, p flow.Packet) (*connection, *refus
 	if err != nil {
 		return c, &refused{flow.Reject, flow.Denied, err.Error()}
 	}
-	v := rules.Judge(q)
-	c.rule, c.uses, c.protocol = v.Rule, v.Filters, protocolName(v)
+	if target := e.mappingAt(p.Proto, p.Dst); target != nil && q.ToGateway {
+		if r := e.admitAround(rules, c, q, target); r != nil {
+			return c, r
+		}
+	} else {
+		v := rules.Judge(q)
+		c.rule, c.uses, c.protocol = v.Rule, v.Filters, protocolName(v)
+		if r := refusedByRules(v); r != nil {
+			return c, r
+		}
+		if q.ToGateway && !v.Server.IsValid() {
+			return c, nil // for the gateway itself: its input chain has the last word
+		}
+		if v.Maps(q.Tuple) {
+			c.leaving, c.netRule = q, v.NetworkRule
+		}
+	}
+	if c.netRule == nil || e.concerns(c) {
+		c.session, c.held = e.acquire(p.Src.Addr()), true
+	}
+	return c, nil
+}
+
+// refusedByRules is what the rules refuse; nil: nothing.
+func refusedByRules(v policy.Verdict) *refused {
 	switch v.Class {
 	case policy.ClassDrop:
-		return c, &refused{flow.Drop, flow.Denied, string(v.Reason)}
+		return &refused{flow.Drop, flow.Denied, string(v.Reason)}
 	case policy.ClassReject:
-		return c, &refused{flow.Reject, flow.Denied, string(v.Reason)}
+		return &refused{flow.Reject, flow.Denied, string(v.Reason)}
 	}
-	c.session, c.held = e.acquire(p.Src.Addr()), true
-	return c, nil
+	return nil
 }
 
 // inherit makes a connection run under the rule of the permission that let it
@@ -199,6 +229,8 @@ func (e *Engine) takeOver(c *connection) Decision {
 	case c.inbound() && c.explicit:
 		t.InitiatorExternal = true
 		t.Dial = Dial{Proto: c.tuple.Proto, Target: c.perm.client()} // it has dialled itself
+	case c.around != nil && !emulated:
+		t.Dial = Dial{Proto: c.tuple.Proto, Target: c.around.inside.addrPort(), Source: c.mapping.external.addrPort()}
 	case c.inbound():
 		t.InitiatorExternal = true
 		t.Dial = Dial{Proto: c.tuple.Proto, Target: c.perm.client(), Source: c.tuple.Src, Transparent: true}
@@ -241,6 +273,10 @@ func (e *Engine) upstream(c *connection) Dial {
 	}
 	if c.perm != nil && c.perm.Source.IsValid() {
 		d.Source, d.Transparent = c.perm.Source, false
+		return d
+	}
+	if c.mapping != nil {
+		d.Source, d.Transparent = c.mapping.external.addrPort(), false
 		return d
 	}
 	q, err := e.question(to, c.inIface)

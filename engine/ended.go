@@ -20,6 +20,7 @@ func (e *Engine) over(c *connection, end flow.End) {
 		return
 	}
 	e.flows.remove(c)
+	e.unholdMappings(c)
 	if end.Start.IsZero() {
 		end.Start = c.start
 	}
@@ -81,6 +82,7 @@ const sameStart = time.Second
 // KernelEnded takes conntrack's word that a kernel flow is over. It is called
 // for every flow with the Kernel mark, judged here or not, and does not block.
 func (e *Engine) KernelEnded(end flow.End) {
+	e.mapped(end.Tuple, end.Translation, -1)
 	c := e.flows.find(end.Tuple)
 	if c != nil && c.inKernel() {
 		if !end.Start.IsZero() && end.Start.Add(sameStart).Before(c.start) {

@@ -37,6 +37,8 @@ type Config struct {
 	// KernelPorts are those that the kernel's own translation chooses from: a
 	// bind that asks for one of them by its number alone gets it not.
 	KernelPorts nat.Range
+	// Leases are those that Ports leases.
+	Leases []nat.Range
 	// Quota of pending permissions per client; 0: DefaultQuota.
 	Quota int
 	// Answer bounds the handlers of an event that a call raises; 0:
@@ -61,6 +63,7 @@ type Engine struct {
 	routes      Routes
 	ports       *nat.Allocator
 	kernelPorts portRange
+	leases      []portRange
 	quota       int
 	answer      time.Duration
 	idle        time.Duration // of UDP peers
@@ -74,6 +77,7 @@ type Engine struct {
 	flows     living
 	perms     permissions
 	overtaken overtaken
+	mappings  mappings
 	tasks     tasks
 	leaks     leaks
 
@@ -125,6 +129,10 @@ func New(c Config) (*Engine, error) {
 	e.sessions.init()
 	e.flows.byTuple = make(map[flow.Tuple]*connection)
 	e.perms.init()
+	e.mappings.init()
+	for _, r := range c.Leases {
+		e.leases = append(e.leases, portRange(r))
+	}
 	e.tasks.init()
 	if e.leaks.delay = c.LeakDelay; e.leaks.delay == 0 {
 		e.leaks.delay = DefaultLeakDelay

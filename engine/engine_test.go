@@ -24,6 +24,8 @@ type fakeKernel struct {
 	held map[uint64]nat.Permission
 	cut  []flow.Tuple
 	fail error
+	// peers are those of mappings.
+	peers map[nat.Peer]bool
 	// watched is how often the reports of established flows are asked for.
 	watched int
 }
@@ -42,6 +44,21 @@ func (k *fakeKernel) Remove(_ context.Context, p nat.Permission) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	delete(k.held, p.ID)
+	return nil
+}
+
+func (k *fakeKernel) Peers(_ context.Context, come, gone []nat.Peer) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.peers == nil {
+		k.peers = map[nat.Peer]bool{}
+	}
+	for _, p := range gone {
+		delete(k.peers, p)
+	}
+	for _, p := range come {
+		k.peers[p] = true
+	}
 	return nil
 }
 

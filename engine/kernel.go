@@ -23,6 +23,9 @@ type Kernel interface {
 	// before translation: both ends are reset at once, idle or not. A flow
 	// that is gone is no error.
 	Cut(context.Context, ...flow.Tuple) error
+	// Peers adds to the addresses that inside endpoints have sent to, and takes
+	// some away. One that is there, or is not, is no error.
+	Peers(ctx context.Context, come, gone []nat.Peer) error
 	// WatchEstablished has Engine.KernelEstablished called for every kernel
 	// flow that is established, from the return on, until it was called with
 	// false as often as with true.

@@ -71,6 +71,8 @@ func (k *flakyKernel) Remove(_ context.Context, p nat.Permission) error {
 	return nil
 }
 
+func (k *flakyKernel) Peers(context.Context, []nat.Peer, []nat.Peer) error { return nil }
+
 func (k *flakyKernel) Cut(context.Context, ...flow.Tuple) error { return nil }
 
 func (k *flakyKernel) refuses() bool {

@@ -40,6 +40,8 @@ type permission struct {
 	deepen       func()        // makes room for a burst at its socket; nil: it has none, or no need
 	gone         chan struct{} // closed when a bind whose end is a socket of the gateway lets nobody in any more; nil: another one
 
+	mapping *mapping // that it is; nil: none
+
 	by string // the filter that asked for it; else what of the configuration
 
 	change   sync.Mutex // held across kernel changes of this permission

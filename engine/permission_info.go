@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 	"sort"
+	"strings"
 	"time"
 
 	"github.com/sluicegw/sluice/filterapi"
@@ -66,7 +67,10 @@ func (e *Engine) Permissions() []PermissionInfo {
 
 // Binds lists the external addresses that are held for clients, by age.
 func (e *Engine) Binds() []PermissionInfo {
-	return slices.DeleteFunc(e.Permissions(), func(i PermissionInfo) bool { return !i.Bind })
+	all := slices.DeleteFunc(e.Permissions(), func(i PermissionInfo) bool { return !i.Bind })
+	all = append(all, e.mappedBinds()...)
+	sort.Slice(all, func(i, j int) bool { return all[i].ID < all[j].ID })
+	return all
 }
 
 // info describes a permission; false: it waits no more and has no flow.
@@ -78,6 +82,9 @@ func (p *permission) info() (PermissionInfo, bool) {
 		Permission: p.Permission, Session: p.session.id, Owner: p.session.addr, Protocol: p.standing.protocol,
 		AddressBased: p.addressBased, Notify: p.notify != nil, Expires: p.expiry, Flows: p.flows, State: "used",
 		Path: p.path(filtered), By: p.by, User: p.session.User(), Bind: p.object != nil, Socket: p.Direction == nat.Local,
+	}
+	if p.mapping != nil {
+		i.Leaves = strings.TrimPrefix(p.by, networkRuleWord)
 	}
 	if p.standing.rule != nil {
 		i.Rule = p.standing.rule.Name

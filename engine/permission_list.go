@@ -72,6 +72,18 @@ func (s *permissions) add(quota int, perms ...*permission) error {
 	return nil
 }
 
+// adopt takes a bind in that is a mapping: it counts as nobody's, and has its
+// address already.
+func (s *permissions) adopt(p *permission) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p.mu.Lock()
+	p.granted = true
+	p.mu.Unlock()
+	p.session.perms[p] = struct{}{}
+	s.list(p)
+}
+
 // room says whether a client may hold n more permissions. What needs ports asks
 // before it leases them: a port that was leased rests before it is free again,
 // and must not be had for nothing.

@@ -280,7 +280,16 @@ func (e *Engine) enforce(p *permission) error {
 	want, form := p.wanted()
 	over, listens := p.over(), p.listens(want)
 	p.mu.Unlock()
-	err := e.bring(p, want, form, listens)
+	var err error
+	if want == holdsOpening {
+		err = e.yield(p)
+	}
+	if err == nil {
+		err = e.bring(p, want, form, listens)
+	}
+	if err == nil && want != holdsOpening {
+		err = e.yield(p)
+	}
 	if err != nil {
 		if want != holdsOpening {
 			e.log.Error("closing a permission failed; it is tried again", zap.Uint64("permission", p.ID), zap.Error(err))

@@ -24,6 +24,7 @@ func (e *Engine) stillAllowed(c *connection) bool {
 // space, the kernel's flows (also those as just dumped from conntrack that
 // user space never saw), and permissions.
 func (e *Engine) Recheck(ctx context.Context, kernel []flow.Tuple) error {
+	e.remap()
 	e.revoke(slices.DeleteFunc(e.perms.all(), e.stands))
 	e.recheckSockets()
 	var known []*connection
@@ -42,7 +43,7 @@ func (e *Engine) Recheck(ctx context.Context, kernel []flow.Tuple) error {
 	}
 	var cut []flow.Tuple
 	for _, t := range kernel {
-		if e.flows.find(t) == nil && !e.allowed(basis{tuple: t}) {
+		if e.flows.find(t) == nil && !e.allowed(basis{tuple: t}) && !e.mappedIn(t) {
 			cut = append(cut, t)
 		}
 	}

@@ -85,26 +85,37 @@ func (t *Table) Permissions() ([]Permitted, error) {
 	}
 	var all []Permitted
 	for _, name := range old.lastingNames() {
-		msgs, err := s.list(unix.NFT_MSG_GETSETELEM,
-			attr(unix.NFTA_SET_ELEM_LIST_TABLE, text(tableName)), attr(unix.NFTA_SET_ELEM_LIST_SET, text(name)))
-		if errors.Is(err, unix.ENOENT) {
+		some, err := s.permissionsIn(name)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, some...)
+	}
+	return all, nil
+}
+
+// permissionsIn lists one set. One that is not there holds nothing.
+func (s *socket) permissionsIn(name string) ([]Permitted, error) {
+	msgs, err := s.list(unix.NFT_MSG_GETSETELEM,
+		attr(unix.NFTA_SET_ELEM_LIST_TABLE, text(tableName)), attr(unix.NFTA_SET_ELEM_LIST_SET, text(name)))
+	if errors.Is(err, unix.ENOENT) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list set %s: %w", name, err)
+	}
+	var all []Permitted
+	for _, m := range msgs {
+		if len(m.Data) < 4 {
 			continue
 		}
+		ad, err := netlink.NewAttributeDecoder(attributes(m.Data[4:])[unix.NFTA_SET_ELEM_LIST_ELEMENTS])
 		if err != nil {
 			return nil, fmt.Errorf("list set %s: %w", name, err)
 		}
-		for _, m := range msgs {
-			if len(m.Data) < 4 {
-				continue
-			}
-			ad, err := netlink.NewAttributeDecoder(attributes(m.Data[4:])[unix.NFTA_SET_ELEM_LIST_ELEMENTS])
-			if err != nil {
-				return nil, fmt.Errorf("list set %s: %w", name, err)
-			}
-			for ad.Next() {
-				if p, ok := permitted(name, attributes(ad.Bytes())); ok {
-					all = append(all, p)
-				}
+		for ad.Next() {
+			if p, ok := permitted(name, attributes(ad.Bytes())); ok {
+				all = append(all, p)
 			}
 		}
 	}

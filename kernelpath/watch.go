@@ -30,6 +30,7 @@ type Watch struct {
 	ended func(KernelFlow)
 	lost  func()
 	begun *beginnings
+	first *firsts
 
 	events, losses, malformed atomic.Uint64
 }
@@ -60,6 +61,11 @@ func NewWatch(marks flow.Marks, ended func(KernelFlow), lost func()) (*Watch, er
 	}
 	if w.begun, err = newBeginnings(marks); err != nil {
 		conn.Close()
+		return nil, err
+	}
+	if w.first, err = newFirsts(marks); err != nil {
+		conn.Close()
+		w.begun.conn.Close()
 		return nil, err
 	}
 	return w, nil
@@ -130,12 +136,14 @@ func forceReadBuffer(c *netlink.Conn, size int) error {
 }
 
 // Close ends a Watch that is not running.
-func (w *Watch) Close() error { return errors.Join(w.conn.Close(), w.begun.conn.Close()) }
+func (w *Watch) Close() error {
+	return errors.Join(w.conn.Close(), w.begun.conn.Close(), w.first.conn.Close())
+}
 
 // Stats reads the counters.
 func (w *Watch) Stats() WatchStats {
 	return WatchStats{
-		Events: w.events.Load(), Losses: w.losses.Load(), Malformed: w.malformed.Load() + w.begun.malformed.Load(),
+		Events: w.events.Load(), Losses: w.losses.Load(), Malformed: w.malformed.Load() + w.begun.malformed.Load() + w.first.malformed.Load(),
 		Established: w.begun.events.Load(), EstablishedLosses: w.begun.losses.Load(),
 	}
 }
@@ -152,6 +160,12 @@ func (w *Watch) Run(ctx context.Context) error {
 	})
 	group.Go(func() error {
 		return readEvents(ctx, w.begun.conn, w.begun.in, w.begun.take, func() { w.begun.losses.Add(1) })
+	})
+	group.Go(func() error {
+		return readEvents(ctx, w.first.conn, w.first.in, w.first.take, func() {
+			w.losses.Add(1)
+			w.lost()
+		})
 	})
 	return group.Wait()
 }

@@ -79,6 +79,13 @@ type Permission struct {
 	Timeout time.Duration
 }
 
+// Peer is an address that an inside endpoint has sent to.
+type Peer struct {
+	Proto  flow.Proto
+	Inside netip.AddrPort
+	Addr   netip.Addr
+}
+
 // ErrConflict: the kernel holds another permission for the same addresses,
 // which sends its flows elsewhere; or one from a range of sources that overlaps
 // and is not the same.

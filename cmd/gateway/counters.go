@@ -27,6 +27,8 @@ func (g *gateway) Counters() map[string]uint64 {
 		"ports.leased": uint64(p.Leased), "ports.resting": uint64(p.Resting), "ports.clients": uint64(p.Holders),
 		"ports.blocks": uint64(p.Blocks), "ports.over_quota": p.OverQuota, "ports.exhausted": p.Exhausted,
 	})
+	mappings := g.engine.Mappings()
+	m["mappings.living"], m["mappings.flows"] = uint64(mappings.Living), uint64(mappings.Flows)
 	for _, d := range q.Queues {
 		m[fmt.Sprintf("queue.%d.depth", d.Number)] = uint64(d.Depth)
 		m[fmt.Sprintf("queue.%d.full", d.Number)] = d.Full

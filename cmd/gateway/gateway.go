@@ -49,7 +49,8 @@ type gateway struct {
 	steering sync.Mutex
 	steered  atomic.Bool // packets are led to the sockets of user space
 
-	change sync.Mutex // one change of the policy at a time
+	lost   chan struct{} // reports of conntrack are lost
+	change sync.Mutex    // one change of the policy at a time
 	cfg    *config.Config
 	policy *policy.Policy
 }
@@ -81,12 +82,19 @@ func (g *gateway) apply(cfg *config.Config, p *policy.Policy) error {
 	if err != nil {
 		return err
 	}
+	maps := mapsEndpoints(p)
+	if err := g.watch.Firsts(maps); err != nil {
+		return err
+	}
 	if err := g.Load(r); err != nil {
 		return err
 	}
 	g.engine.SetPolicy(p)
 	g.cfg, g.policy = cfg, p
 	g.servePCP(cfg.PCP, p)
+	if maps {
+		g.eventsLost() // of those that another policy had no use of
+	}
 	return nil
 }
 
@@ -235,6 +243,17 @@ func (g *gateway) resync(ctx context.Context) {
 		alive[f.Tuple] = true
 	}
 	g.engine.Resync(alive, since)
+	if err := g.engine.Recount(ctx, g.livingFlows); err != nil {
+		g.log.Error("counting the flows of mappings anew failed", zap.Error(err))
+	}
+}
+
+// eventsLost has the flows compared with conntrack soon.
+func (g *gateway) eventsLost() {
+	select {
+	case g.lost <- struct{}{}:
+	default:
+	}
 }
 
 // kernelEnded turns conntrack's report into the end of a flow.

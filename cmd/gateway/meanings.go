@@ -8,6 +8,9 @@ var meanings = map[string]string{
 	"conntrack.losses":    "times that conntrack's reports were lost, and the flows looked through anew",
 	"conntrack.malformed": "reports of conntrack that could not be read",
 
+	"mappings.living": "endpoint-independent mappings now",
+	"mappings.flows":  "their flows now",
+
 	"queue.packets":    "first packets that the kernel has shown",
 	"queue.decisions":  "questions that the engine has answered",
 	"queue.absorbed":   "repeated SYNs dropped while their flow was judged",

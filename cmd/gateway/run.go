@@ -91,6 +91,9 @@ func (g *gateway) run(ctx context.Context, force bool) error {
 		return err
 	}
 	g.task("control", server.Run)
+	if err := g.adoptMappings(ctx); err != nil {
+		return err
+	}
 	if err := g.FlushPermissions(); err != nil {
 		return fmt.Errorf("void the permissions of an earlier run: %w", err)
 	}
@@ -103,6 +106,7 @@ func (g *gateway) run(ctx context.Context, force bool) error {
 	if err != nil {
 		return err
 	}
+	g.engine.InstallAdopted()
 	if err := g.prepareHost(); err != nil {
 		return err
 	}
@@ -159,26 +163,22 @@ func (g *gateway) open(undo *ladder) (err error) {
 	g.ports = g.allocator()
 	g.task("ports", g.sweepPorts)
 	if g.engine, err = engine.New(engine.Config{
-		Policy: g.policy, Filters: g.filters, Kernel: g, User: user, Routes: g.routes, Ports: g.ports, KernelPorts: g.cfg.Ports.Kernel, Log: g.log,
+		Policy: g.policy, Filters: g.filters, Kernel: g, User: user, Routes: g.routes, Ports: g.ports, KernelPorts: g.cfg.Ports.Kernel, Leases: g.leaseRanges(), Log: g.log,
 		Answer: g.cfg.Queue.Answer(), PeerIdle: time.Duration(g.cfg.UDP.PeerIdle) * time.Second,
 	}); err != nil {
 		return err
 	}
 	undo.add(g.engine.Stop)
-	lost := make(chan struct{}, 1)
+	g.lost = make(chan struct{}, 1)
 	g.task("routes", g.routes.Run)
-	g.task("resync", func(ctx context.Context) error { return g.resyncing(ctx, lost) })
+	g.task("resync", func(ctx context.Context) error { return g.resyncing(ctx, g.lost) })
 	g.task("links", g.followLinks)
 	g.task("addresses", g.followAddresses)
-	if g.watch, err = kernelpath.NewWatch(m.Bits, g.kernelEnded, func() {
-		select {
-		case lost <- struct{}{}:
-		default:
-		}
-	}); err != nil {
+	if g.watch, err = kernelpath.NewWatch(m.Bits, g.kernelEnded, g.eventsLost); err != nil {
 		return err
 	}
 	g.watch.OnEstablished(g.engine.KernelEstablished)
+	g.watch.OnFirst(func(f kernelpath.KernelFlow) { g.engine.KernelBegan(f.Tuple, f.Translation) })
 	g.task("conntrack", g.watch.Run)
 	if g.reports, err = kernelpath.NewReports(m.LogGroup, g.ifaceName, kernelpath.Heard{
 		Used: g.engine.KernelUsed, Denied: g.engine.KernelDenied, Unreachable: g.tcp.Unreachable,

@@ -1,0 +1,65 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/sluicegw/sluice/engine"
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/kernelpath"
+	"github.com/sluicegw/sluice/nat"
+	"github.com/sluicegw/sluice/policy"
+)
+
+// mapsEndpoints says whether a network rule maps endpoints: then conntrack must
+// tell when flows begin.
+func mapsEndpoints(p *policy.Policy) bool {
+	return slices.ContainsFunc(p.NetworkRules(), func(r policy.NetworkRule) bool { return r.Mapping == policy.MapEndpointIndependent })
+}
+
+// leaseRanges are where external ports are leased from.
+func (g *gateway) leaseRanges() []nat.Range {
+	ranges := slices.Clone(g.cfg.Ports.Leases)
+	if w := g.cfg.Ports.WellKnown; w != (nat.Range{}) {
+		ranges = append(ranges, w)
+	}
+	return ranges
+}
+
+// livingFlows lists the kernel's flows.
+func (g *gateway) livingFlows(ctx context.Context) ([]engine.LivingFlow, error) {
+	living, err := kernelpath.Dump(ctx, g.bits, flow.Kernel)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]engine.LivingFlow, len(living))
+	for i, f := range living {
+		out[i] = engine.LivingFlow{Tuple: f.Tuple, Translation: f.Translation, Counts: f.Counts}
+	}
+	return out, nil
+}
+
+// adoptMappings takes over what an earlier run has left in the kernel: the
+// mappings of living flows go on, and nobody else gets their ports.
+func (g *gateway) adoptMappings(ctx context.Context) error {
+	living, err := g.livingFlows(ctx)
+	if err != nil {
+		return fmt.Errorf("list the kernel's flows: %w", err)
+	}
+	var held []engine.Held
+	for _, r := range g.policy.NetworkRules() {
+		if r.Mapping != policy.MapEndpointIndependent {
+			continue
+		}
+		all, err := g.Leaving(r.Name)
+		if err != nil {
+			return fmt.Errorf("list the mappings of network rule %q: %w", r.Name, err)
+		}
+		for _, p := range all {
+			held = append(held, engine.Held{NetworkRule: r.Name, Proto: p.Proto, Inside: p.To, External: p.Becomes})
+		}
+	}
+	g.engine.Adopt(held, living)
+	return nil
+}

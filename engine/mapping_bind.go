@@ -1,0 +1,211 @@
+package engine
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+
+	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
+	"github.com/sluicegw/sluice/policy"
+)
+
+// A mapping is a bind: an external endpoint that the gateway holds for a client.
+// It becomes an object only where a filter has to do with it, because it hears
+// of binds or of the flows that come in, or because it allows the mapping to
+// others. Whom a network rule lets in by their address the kernel alone knows:
+// these flows are shown to no filter.
+
+// networkRuleWord begins the name of who asked for a mapping.
+const networkRuleWord = "network rule "
+
+// raiseBind tells the filters of a flow of the mapping that is made for it. The
+// mapping is nobody else's yet.
+func (e *Engine) raiseBind(ctx context.Context, m *mapping, c *connection) error {
+	kind := filterapi.BindUDP
+	switch {
+	case !m.proto.HasPorts():
+		return nil
+	case m.proto == flow.TCP:
+		kind = filterapi.BindTCP
+	}
+	s := c.session
+	heard := slices.ContainsFunc(e.filters, func(r *registered) bool {
+		_, ok := bound(s.wants(r), kind, r.filter.Name(), c.uses, false)
+		return ok
+	})
+	shown := m.filtering == policy.FilterEndpointIndependent && s.watches(c.uses, false)
+	if !heard && !shown {
+		return nil
+	}
+	p, err := e.bindMapping(m, s, c.basis(), standing{c.rule, c.protocol, c.uses}, shown)
+	if err != nil || !heard {
+		return err
+	}
+	return e.notify(ctx, p.object, kind, func(_ *registered, a filterapi.About) filterapi.Event {
+		return &filterapi.BindEvent{About: a, TCP: m.proto == flow.TCP, External: p.External}
+	})
+}
+
+// bindMapping makes an object of a mapping, for a session, which lives as long
+// as the mapping. shown: filters are shown each flow that comes in.
+func (e *Engine) bindMapping(m *mapping, s *session, b basis, stands standing, shown bool) (*permission, error) {
+	if !s.ref() {
+		return nil, filterapi.ErrTerminating
+	}
+	x := &e.mappings
+	x.mu.Lock()
+	more := m.more()
+	if more.bind != nil {
+		p := more.bind
+		x.mu.Unlock()
+		e.release(s)
+		return p, nil
+	}
+	p := &permission{session: s, basis: b, standing: stands, mapping: m}
+	p.ID = e.nextID()
+	p.Direction, p.Proto, p.Client, p.External = nat.Inbound, m.proto, m.inside.addrPort(), m.external.addrPort()
+	p.Multiple, p.by = true, networkRuleWord+x.rules[m.rule].name
+	p.discarding = m.filtering != policy.FilterEndpointIndependent
+	p.AnySource, p.ToUser = true, shown
+	p.forced = stands.rule != nil && stands.rule.NoKernelMode
+	p.object = &connection{
+		e: e, session: s, tuple: flow.Tuple{Proto: m.proto, Dst: p.External}, start: e.now(), bind: p, name: p.External,
+	}
+	p.object.inherit(p)
+	more.bind, more.held = p, s
+	x.mu.Unlock()
+	e.perms.adopt(p)
+	return p, nil
+}
+
+// closeBind ends what a mapping is to filters, with the mapping.
+func (e *Engine) closeBind(m *mapping) {
+	e.mappings.mu.Lock()
+	var p *permission
+	var s *session
+	if m.extra != nil {
+		p, s = m.extra.bind, m.extra.held
+		m.extra.held = nil
+	}
+	e.mappings.mu.Unlock()
+	if p != nil {
+		_ = e.void(p) // a filter has closed it; or it logs
+	}
+	if s != nil {
+		e.tasks.run(func() { e.release(s) })
+	}
+}
+
+// mappedBind finds the mapping that a session's client has at an external
+// address, as a bind of the session.
+func (s *session) mappedBind(a filterapi.AllowBind) (*permission, error) {
+	e := s.e
+	x := &e.mappings
+	var found *mapping
+	fits := func(m *mapping) bool {
+		return m != nil && m.proto == a.Proto && m.state != mappingOutlived && m.inside.addrPort().Addr() == s.addr
+	}
+	x.mu.Lock()
+	if !a.Address.Addr().Is4() {
+		x.mu.Unlock()
+		return nil, filterapi.ErrNotFound
+	}
+	if m := x.byExternal[externalKey{a.Proto, packed(a.Address)}]; fits(m) {
+		found = m
+	} else if a.Address.Addr().IsUnspecified() {
+		for _, m := range x.byExternal {
+			if m.external.port == a.Address.Port() && fits(m) {
+				found = m
+			}
+		}
+	}
+	var first netip.AddrPort
+	var p *permission
+	if found != nil {
+		first, p = found.first.addrPort(), found.bind()
+	}
+	x.mu.Unlock()
+	switch {
+	case found == nil:
+		return nil, filterapi.ErrNotFound
+	case p != nil && p.session == s:
+		return nil, filterapi.ErrTerminating // or findBind had found it
+	case p != nil:
+		return nil, filterapi.ErrNotFound
+	}
+	b := basis{tuple: flow.Tuple{Proto: a.Proto, Src: found.inside.addrPort(), Dst: first}}
+	v, err := e.judge(b)
+	if err != nil {
+		return nil, err
+	}
+	return e.bindMapping(found, s, b, standing{v.Rule, protocolName(v), v.Filters}, false)
+}
+
+// yield has the kernel let in whom the mapping of a bind lets in by itself, or
+// nobody, as long as a filter says who.
+func (e *Engine) yield(p *permission) error {
+	if p.mapping == nil {
+		return nil
+	}
+	x, m := &e.mappings, p.mapping
+	x.mu.Lock()
+	for m.state == mappingLive && m.opened != m.opens() {
+		if m.extra == nil || m.extra.change == nil {
+			return e.installMapping(m) // unlocks
+		}
+		wait := m.extra.change
+		x.mu.Unlock()
+		<-wait
+		x.mu.Lock()
+	}
+	x.mu.Unlock()
+	return nil
+}
+
+// isDiscarding says whether a bind lets nobody in until a filter allows it.
+func (p *permission) isDiscarding() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.discarding && p.state == permWaiting
+}
+
+// MappingInfo counts mappings, for people.
+type MappingInfo struct{ Living, Flows int }
+
+// Mappings counts them.
+func (e *Engine) Mappings() (i MappingInfo) {
+	e.mappings.mu.Lock()
+	defer e.mappings.mu.Unlock()
+	i.Living = len(e.mappings.byExternal)
+	for _, m := range e.mappings.byExternal {
+		i.Flows += int(m.flows)
+	}
+	return i
+}
+
+// mappedBinds lists the mappings as binds, without those that are objects.
+func (e *Engine) mappedBinds() []PermissionInfo {
+	x := &e.mappings
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	out := make([]PermissionInfo, 0, len(x.byExternal))
+	for _, m := range x.byExternal {
+		if b := m.bind(); b != nil && b.waits() || m.rule < 0 {
+			continue
+		}
+		i := PermissionInfo{
+			Permission: x.permission(m), By: "network rule " + x.rules[m.rule].name, Owner: m.inside.addrPort().Addr(),
+			State: "armed", Path: "kernel", Bind: true, Flows: int(m.flows),
+		}
+		switch {
+		case m.state == mappingOutlived:
+			i.State = "used"
+		case !i.AnySource:
+			i.State = "discarding"
+		}
+		out = append(out, i)
+	}
+	return out
+}

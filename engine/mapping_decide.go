@@ -1,0 +1,213 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"time"
+
+	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/policy"
+)
+
+// admitAround judges a flow from the inside to the external endpoint of a
+// mapping (hairpin, RFC 4787, REQ-9) as one to the outside, by the interface
+// that the mapping's own flows leave by.
+func (e *Engine) admitAround(rules *policy.Policy, c *connection, q policy.Question, target *mapping) *refused {
+	x := &e.mappings
+	x.mu.Lock()
+	if target.rule >= 0 {
+		q.OutIface = x.rules[target.rule].iface
+	}
+	x.mu.Unlock()
+	q.ToGateway = false
+	v := rules.Judge(q)
+	c.rule, c.uses, c.protocol = v.Rule, v.Filters, protocolName(v)
+	if r := refusedByRules(v); r != nil {
+		return r
+	}
+	if !v.Maps(q.Tuple) {
+		return &refused{flow.Drop, flow.Denied, filtered}
+	}
+	c.around, c.leaving, c.netRule = target, q, v.NetworkRule
+	return nil
+}
+
+const filtered = "filtered by the mapping"
+
+// mappingAt is the mapping that has an external endpoint; nil: there is none.
+func (e *Engine) mappingAt(p flow.Proto, at netip.AddrPort) *mapping {
+	if !at.Addr().Is4() {
+		return nil
+	}
+	e.mappings.mu.Lock()
+	defer e.mappings.mu.Unlock()
+	m := e.mappings.byExternal[externalKey{p, packed(at)}]
+	if m == nil || m.state == mappingOutlived {
+		return nil
+	}
+	return m
+}
+
+// mapConnection gives the flow its external endpoint, and says why it cannot go
+// on.
+func (e *Engine) mapConnection(ctx context.Context, c *connection) *refused {
+	if c.netRule == nil {
+		return nil
+	}
+	m, err := e.mapFlow(ctx, c, c.netRule, c.leaving)
+	switch {
+	case errors.Is(err, errNoExternalPort):
+		return &refused{flow.Exhausted, flow.Failed, err.Error()}
+	case errors.Is(err, errDeniedByFilter):
+		return &refused{refusedPath(c), flow.Denied, err.Error()}
+	case err != nil:
+		return &refused{refusedPath(c), flow.Failed, err.Error()}
+	}
+	c.mapping = m
+	if c.around == nil {
+		return nil
+	}
+	if !e.attempt(m, c.around) {
+		return &refused{flow.Drop, flow.Denied, filtered}
+	}
+	if err := e.revive(ctx, c.around); err != nil {
+		return &refused{refusedPath(c), flow.Failed, err.Error()}
+	}
+	return nil
+}
+
+// mapPermitted has a flow that a permission lets out leave by a mapping, if
+// the rules want that where it goes.
+func (e *Engine) mapPermitted(rules *policy.Policy, c *connection) {
+	if c.inbound() || c.perm.Source.IsValid() {
+		return
+	}
+	to := c.tuple
+	to.Dst = c.target()
+	q, err := e.question(to, c.inIface)
+	if err != nil {
+		return // the dial, or the kernel, meets the same
+	}
+	if v := rules.Judge(q); v.Maps(to) {
+		c.leaving, c.netRule = q, v.NetworkRule
+	}
+}
+
+// holdMappings counts a flow that user space carries.
+func (e *Engine) holdMappings(c *connection) {
+	if c.mapping == nil {
+		return
+	}
+	c.holds = true
+	e.hold(c.mapping, c.leaving.Dst.Addr(), 1)
+	if c.around != nil {
+		e.hold(c.around, c.mapping.external.addrPort().Addr(), 1)
+	}
+}
+
+func (e *Engine) unholdMappings(c *connection) {
+	if !c.holds {
+		return
+	}
+	c.holds = false
+	e.hold(c.mapping, c.leaving.Dst.Addr(), -1)
+	if c.around != nil {
+		e.hold(c.around, c.mapping.external.addrPort().Addr(), -1)
+	}
+}
+
+// mappedIn says whether a flow has come in to a mapping, which may be gone by
+// now for those who come.
+func (e *Engine) mappedIn(t flow.Tuple) bool {
+	if !t.Is4() {
+		return false
+	}
+	e.mappings.mu.Lock()
+	defer e.mappings.mu.Unlock()
+	m := e.mappings.byExternal[externalKey{t.Proto, packed(t.Dst)}]
+	return m != nil && m.rule >= 0
+}
+
+// maxAttempts bounds what one mapping remembers of hosts behind the same
+// gateway that it has sent to.
+const maxAttempts = 64
+
+// attempt remembers that one mapping sends to another one, which may answer for
+// a while, and says whether that one lets it in, as if it were outside.
+func (e *Engine) attempt(sender, target *mapping) bool {
+	x := &e.mappings
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	now := e.now()
+	tried := sender.more()
+	if tried.attempts == nil {
+		tried.attempts = make(map[netip.AddrPort]int64)
+	}
+	if len(tried.attempts) >= maxAttempts {
+		sender.forgetAttempts(now.UnixNano())
+	}
+	tried.attempts[target.external.addrPort()] = now.Add(filterLife).UnixNano()
+	if target.filtering == policy.FilterEndpointIndependent {
+		return true
+	}
+	if target.extra == nil {
+		return false
+	}
+	from := sender.external.addrPort()
+	for at, until := range target.extra.attempts {
+		if until > now.UnixNano() && (at == from || target.filtering == policy.FilterAddress && at.Addr() == from.Addr()) {
+			return true
+		}
+	}
+	return false
+}
+
+// forgetAttempts makes room: for what is over, else for the oldest. mappings.mu
+// is held.
+func (m *mapping) forgetAttempts(now int64) {
+	var oldest netip.AddrPort
+	for at, until := range m.extra.attempts {
+		if until <= now {
+			delete(m.extra.attempts, at)
+		} else if !oldest.IsValid() || until < m.extra.attempts[oldest] {
+			oldest = at
+		}
+	}
+	if len(m.extra.attempts) >= maxAttempts {
+		delete(m.extra.attempts, oldest)
+	}
+}
+
+// attempted says whether somebody that it has sent to may still answer.
+// mappings.mu is held.
+func (m *mapping) attempted(now int64) bool {
+	if m.extra == nil || len(m.extra.attempts) == 0 {
+		return false
+	}
+	for at, until := range m.extra.attempts {
+		if until <= now {
+			delete(m.extra.attempts, at)
+		}
+	}
+	return len(m.extra.attempts) > 0
+}
+
+// decideMapped decides about a flow that no filter has to do with: there is
+// nothing to remember of it but its mapping.
+func (e *Engine) decideMapped(ctx context.Context, c *connection) Decision {
+	if r := e.mapConnection(ctx, c); r != nil {
+		return e.refuse(c, *r)
+	}
+	if c.netRule != nil && e.Policy().Judge(c.leaving).NetworkRule == nil {
+		return e.refuse(c, refused{refusedPath(c), flow.CutByPolicy, "the rules changed meanwhile"})
+	}
+	if ctx.Err() != nil {
+		return e.refuse(c, refused{refusedPath(c), flow.Failed, "decision came too late"})
+	}
+	return Decision{Path: flow.Kernel}
+}
+
+// filterLife is how long a mapping admits whom it has sent to without an
+// answer.
+const filterLife = 300 * time.Second
