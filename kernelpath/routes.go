@@ -16,8 +16,8 @@ import (
 
 // Why an address has no route. The errors of Routes.Lookup match one of them.
 var (
-	ErrNoRoute     = errors.New("network is unreachable")        // no route
-	ErrUnreachable = errors.New("host is unreachable")           // a route of type unreachable
+	ErrNoRoute     = fmt.Errorf("no route: %w", unix.ENETUNREACH)
+	ErrUnreachable = fmt.Errorf("unreachable route: %w", unix.EHOSTUNREACH)
 	ErrProhibited  = errors.New("administratively prohibited")   // a route of type prohibit
 	ErrBlackhole   = errors.New("silently dropped by its route") // a route of type blackhole
 )

@@ -185,11 +185,6 @@ var codes = []struct {
 	err  error
 	code code
 }{
-	{filterapi.ErrPolicyDenied, notAllowed},
-	{filterapi.ErrNetworkDenied, notAllowed},
-	{errFamily, badAddress},
-	{filterapi.ErrInvalidArgument, notAllowed},
-	{errNoAddress, hostUnreachable},
 	{syscall.ECONNREFUSED, refused},
 	{syscall.ECONNRESET, refused},
 	{syscall.EACCES, refused}, // ICMPv6 "administratively prohibited"
@@ -200,6 +195,11 @@ var codes = []struct {
 	{syscall.ENOPROTOOPT, hostUnreachable},
 	{syscall.ETIMEDOUT, expired},
 	{context.DeadlineExceeded, expired},
+	{errFamily, badAddress},
+	{errNoAddress, hostUnreachable},
+	{filterapi.ErrPolicyDenied, notAllowed},
+	{filterapi.ErrNetworkDenied, notAllowed},
+	{filterapi.ErrInvalidArgument, notAllowed},
 }
 
 func codeOf(err error) code {

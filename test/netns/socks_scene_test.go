@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/net/dns/dnsmessage"
+
 	"github.com/sluicegw/sluice/test/netns/lab"
 )
 
@@ -25,7 +27,7 @@ users:
 // byPassword has SOCKS served to those who say who they are, openly to all.
 const (
 	byPassword = socksUsers + "socks: {networks: lan, authentication: password}\n"
-	openly     = "socks: {networks: lan, connect_timeout: 5}\n"
+	openly     = "socks: {networks: lan, connect_timeout: 5, resolvers: [203.0.113.10]}\n"
 )
 
 // socksConfig is a configuration with SOCKS: the probe hears of TCP and UDP port 7
@@ -187,4 +189,43 @@ func anyRecord(lab.Record) bool { return true }
 
 func resultIs(want string) func(lab.Record) bool {
 	return func(r lab.Record) bool { return strings.EqualFold(r.Text("result"), want) }
+}
+
+// names serves the name srv.test at srv, and says of others that nobody has
+// them.
+func (s *scene) names() {
+	s.t.Helper()
+	c := s.Srv.MustListenPacket("udp4", "0.0.0.0:53")
+	go func() {
+		b := make([]byte, 1500)
+		for {
+			n, from, err := c.ReadFromUDPAddrPort(b)
+			if err != nil {
+				return // closed
+			}
+			if answer, err := nameAnswer(b[:n]); err == nil {
+				_, _ = c.WriteToUDPAddrPort(answer, from)
+			}
+		}
+	}()
+}
+
+// nameAnswer is the answer to a question of the DNS.
+func nameAnswer(question []byte) ([]byte, error) {
+	var m dnsmessage.Message
+	if err := m.Unpack(question); err != nil || len(m.Questions) != 1 {
+		return nil, fmt.Errorf("no question: %w", err)
+	}
+	q := m.Questions[0]
+	m.Response, m.Authoritative, m.Additionals = true, true, nil
+	h := dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: 60}
+	switch {
+	case q.Name.String() != "srv.test.":
+		m.RCode = dnsmessage.RCodeNameError
+	case q.Type == dnsmessage.TypeA:
+		m.Answers = []dnsmessage.Resource{{Header: h, Body: &dnsmessage.AResource{A: lab.Srv4.As4()}}}
+	case q.Type == dnsmessage.TypeAAAA:
+		m.Answers = []dnsmessage.Resource{{Header: h, Body: &dnsmessage.AAAAResource{AAAA: lab.Srv6.As16()}}}
+	}
+	return m.Pack()
 }
