@@ -46,6 +46,8 @@ type control struct {
 	opts    *options
 	running *sync.WaitGroup // all goroutines of the filter
 	conn    filterapi.Connection
+	// protocol is the name by which the rules know the connection.
+	protocol string
 
 	mu       sync.Mutex
 	changed  sync.Cond

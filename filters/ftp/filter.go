@@ -61,6 +61,7 @@ func (s *session) HandleEvent(_ context.Context, ev filterapi.Event) error {
 		opts = &options{}
 	}
 	c := newControl(s.log, s.session, opts, s.running)
+	c.protocol = connect.Protocol
 	if err := connect.Connection.AttachDataFilter(c, filterapi.PriorityNAT); err != nil {
 		return fmt.Errorf("attach to control connection: %w", err)
 	}

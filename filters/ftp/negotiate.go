@@ -79,12 +79,43 @@ func (c *control) negotiateActive(cmd command) {
 		c.refuse(cmd, fmt.Sprintf("522 Network protocol not supported, use (%d)", familyOf(c.is4())))
 	case err != nil:
 		c.refuse(cmd, "501 "+cmd.verb+" refused by the gateway: syntax error in the address.")
+	case c.atGateway(want.Addr()) && want.Port() >= lowestPort:
+		c.approve(cmd, want)
 	case want.Addr() != c.conn.Tuple().Src.Addr():
 		c.refuse(cmd, "504 "+cmd.verb+" refused by the gateway: the address is not the client's own.")
 	case want.Port() < lowestPort:
 		c.refuse(cmd, "504 "+cmd.verb+" refused by the gateway: ports below 1024 are not allowed.")
 	default:
 		c.reserve(cmd, want, format)
+	}
+}
+
+// atGateway says whether an address is the one that the server sees of a client
+// that asks the gateway for its connections, by SOCKS for instance: it may have
+// asked for an address to listen at, and announces that.
+func (c *control) atGateway(a netip.Addr) bool {
+	name, err := c.conn.ExternalName()
+	return err == nil && name.Addr() == a && c.session.Flags()&filterapi.SessionPrivate != 0
+}
+
+// approve lets the server in at an address that the client has asked the gateway
+// for, and sends the command on as it is. The address lasts as long as the
+// client wants: it is not for the filter to close it.
+func (c *control) approve(cmd command, want netip.AddrPort) {
+	peer, err := c.conn.ExternalPeer()
+	if err == nil {
+		_, err = c.session.RetroactiveAllowBind(filterapi.AllowBind{
+			Proto: flow.TCP, Address: want, Protocol: c.protocol, IPFilter: filterapi.OnlyFrom(peer.Addr()),
+		})
+	}
+	switch {
+	case errors.Is(err, filterapi.ErrNotFound), errors.Is(err, filterapi.ErrTerminating):
+		c.refuse(cmd, "504 "+cmd.verb+" refused by the gateway: nobody listens at the address.")
+	case err != nil:
+		c.log.Info("data connection refused", zap.Stringer("flow", c.conn.Tuple()), zap.String("command", cmd.verb), zap.Error(err))
+		c.answer(cmd.raw, unavailable(err))
+	default:
+		c.forward(&exchange{verb: cmd.verb, neg: &negotiation{}}, cmd.raw, cmd.line())
 	}
 }
 

@@ -22,7 +22,13 @@ type ftpClient struct {
 
 func loginFTP(t testing.TB, from *lab.Host, srv netip.Addr) *ftpClient {
 	t.Helper()
-	c := &ftpClient{conn: from.MustDial("tcp", netip.AddrPortFrom(srv, 21).String(), 10*time.Second)}
+	return ftpOn(t, from.MustDial("tcp", netip.AddrPortFrom(srv, 21).String(), 10*time.Second))
+}
+
+// ftpOn logs in on a control connection that stands.
+func ftpOn(t testing.TB, conn net.Conn) *ftpClient {
+	t.Helper()
+	c := &ftpClient{conn: conn}
 	c.lines = bufio.NewReader(c.conn)
 	deadline(t, c.conn, 60*time.Second)
 	c.want(t, "220")
