@@ -32,7 +32,7 @@ var bad = []struct {
 	{"rules: " + strings.Repeat("- ", 100), []string{"1: nested too deeply"}},
 	{"log: &a {}\ncontrol: *a\n", []string{"1: anchors and aliases are not supported", "1: log: want a mapping, got something else", "2: anchors and aliases are not supported", "2: control: want a mapping, got something else"}},
 	{"log: !!map {}\n", []string{"1: tags and directives are not supported", "1: log: want a mapping, got something else"}},
-	{"1: 2\n", []string{"1: the key 1 is no text", `1: the file: unknown key ""; the keys are control, flowtable, log, marks, network_rules, networks, pcp, ports, protocols, queue, reverse_path, rules, socks, udp, users`}},
+	{"1: 2\n", []string{"1: the key 1 is no text", `1: the file: unknown key ""; the keys are control, flowtable, log, marks, network_rules, networks, pcp, ports, protocols, queue, reverse_path, rules, socks, timeouts, udp, users`}},
 	// Duplicate and unknown keys.
 	{"log: {}\n\nlog:\n  level: info\n  level: warn\n", []string{`3: the key "log" stands there twice, first in line 1`, `5: the key "level" stands there twice, first in line 4`}},
 	{"log:\n  levle: info\n", []string{`2: log: unknown key "levle"; the keys are format, level`}},

@@ -37,6 +37,8 @@ type Config struct {
 	Users map[string]string
 	// Socks is socks.
 	Socks Socks
+	// Timeouts is timeouts.
+	Timeouts Timeouts
 	// Log is log.
 	Log Log
 	// Control is control.
@@ -117,6 +119,15 @@ type Socks struct {
 	HandshakeTimeout, ConnectTimeout, BindTimeout uint32
 }
 
+// Timeouts is the section timeouts: how long flows in the kernel may carry
+// nothing, in seconds.
+type Timeouts struct {
+	UDP            uint32 // udp
+	ICMP           uint32 // icmp: queries and their answers
+	TCPEstablished uint32 // tcp_established
+	TCPTransitory  uint32 // tcp_transitory: connections that open or close
+}
+
 // Log is the section log.
 type Log struct {
 	Level  string // level: debug, info, warn or error
@@ -144,6 +155,7 @@ func Default() *Config {
 		UDP:         UDP{PeerIdle: 120, SocketIdle: 300},
 		PCP:         defaultPCP(),
 		Socks:       Socks{Port: 1080, PerClient: 256, HandshakeTimeout: 10, ConnectTimeout: 30, BindTimeout: 120},
+		Timeouts:    Timeouts{UDP: 300, ICMP: 60, TCPEstablished: 432000, TCPTransitory: 240},
 		Log:         Log{Level: "info", Format: "auto"},
 		Control:     Control{Socket: "/run/sluice/control.sock"},
 	}

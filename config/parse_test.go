@@ -65,7 +65,7 @@ network_rules:
 - {name: dmz, from: internal, to: dmz, relation: route}
 protocols:
   my-ftp: {tcp: [2121, 3000-3010], udp: 69, filter: ftp}
-  odd: {icmp: [8, 13-14], icmpv6: 128, ip: [47, 132]}
+  odd: {icmp: [8, 13-14], icmpv6: 128, ip: [47, 132], udp: 9999, timeout: 45}
   telnet: {tcp: 2323, filter: tap}
 reverse_path: loose
 queue: {form: xt, first: 10, number: 4, length: 1024, answer_ms: 900, fail: open}
@@ -75,6 +75,7 @@ flowtable: off
 udp: {peer_idle: 30, socket_idle: 90}
 users: {alice: "` + aliceHash + `"}
 socks: {networks: internal, port: 1081, authentication: password, approve_binds: true, resolvers: 192.0.2.53, connections: 5, handshake_timeout: 6, connect_timeout: 7, bind_timeout: 8}
+timeouts: {udp: 100, icmp: 20, tcp_established: 7440, tcp_transitory: 200}
 control: {socket: /tmp/x.sock}
 `
 
@@ -100,9 +101,10 @@ func TestParseGood(t *testing.T) {
 			Ranges: nat.Ranges{Kernel: nat.Range{Lo: 20000, Hi: 29999}, Leases: []nat.Range{{Lo: 40000, Hi: 50000}, {Lo: 51000, Hi: 51000}}, WellKnown: nat.Range{Lo: 700, Hi: 800}},
 			Quota:  640, Quarantine: 30, Block: 64,
 		},
-		UDP:   UDP{30, 90},
-		PCP:   defaultPCP(),
-		Users: map[string]string{"alice": aliceHash},
+		UDP:      UDP{30, 90},
+		Timeouts: Timeouts{100, 20, 7440, 200},
+		PCP:      defaultPCP(),
+		Users:    map[string]string{"alice": aliceHash},
 		Socks: Socks{
 			Networks: []string{"internal"}, Port: 1081, Password: true, Approve: true, Resolvers: []netip.Addr{netip.MustParseAddr("192.0.2.53")},
 			PerClient: 5, HandshakeTimeout: 6, ConnectTimeout: 7, BindTimeout: 8,
@@ -140,7 +142,7 @@ func TestParseGood(t *testing.T) {
 	all := policy.PortRange{Lo: 0, Hi: 65535}
 	protocols := []policy.Protocol{
 		{Name: "my-ftp", Filter: "ftp", Matches: []policy.Match{{Proto: flow.TCP, Ports: policy.PortRange{Lo: 2121, Hi: 2121}}, {Proto: flow.TCP, Ports: policy.PortRange{Lo: 3000, Hi: 3010}}, {Proto: flow.UDP, Ports: policy.PortRange{Lo: 69, Hi: 69}}}},
-		{Name: "odd", Matches: []policy.Match{{Proto: flow.ICMP, Ports: policy.PortRange{Lo: 8, Hi: 8}}, {Proto: flow.ICMP, Ports: policy.PortRange{Lo: 13, Hi: 14}}, {Proto: flow.ICMPv6, Ports: policy.PortRange{Lo: 128, Hi: 128}}, {Proto: 47, Ports: all}, {Proto: 132, Ports: all}}},
+		{Name: "odd", Matches: []policy.Match{{Proto: flow.ICMP, Ports: policy.PortRange{Lo: 8, Hi: 8}}, {Proto: flow.ICMP, Ports: policy.PortRange{Lo: 13, Hi: 14}}, {Proto: flow.ICMPv6, Ports: policy.PortRange{Lo: 128, Hi: 128}}, {Proto: 47, Ports: all}, {Proto: 132, Ports: all}, {Proto: flow.UDP, Ports: policy.PortRange{Lo: 9999, Hi: 9999}}}, Timeout: 45},
 		{Name: "telnet", Filter: "tap", Matches: []policy.Match{{Proto: flow.TCP, Ports: policy.PortRange{Lo: 2323, Hi: 2323}}}},
 	}
 	if d := p.Protocols(); !reflect.DeepEqual(d[:3], protocols) || len(d) != 2+len(policy.Builtin()) {
@@ -213,7 +215,8 @@ func TestManual(t *testing.T) {
 		{"marks", "mask", fmt.Sprintf("0x%08x", d.Marks.Bits.Mask())}, {"marks", "table", d.Marks.Table}, {"marks", "priority", d.Marks.Priority}, {"marks", "zone", d.Marks.Zone}, {"marks", "log_group", d.Marks.LogGroup},
 		{"ports", "kernel", d.Ports.Kernel}, {"ports", "leases", strings.ReplaceAll(fmt.Sprint(d.Ports.Leases), " ", ", ")}, {"ports", "well_known", d.Ports.WellKnown},
 		{"ports", "quota", d.Ports.Quota}, {"ports", "quarantine", d.Ports.Quarantine}, {"ports", "block", "off"},
-		{"udp", "peer_idle", d.UDP.PeerIdle}, {"udp", "socket_idle", d.UDP.SocketIdle},
+		{"timeouts", "udp", d.Timeouts.UDP}, {"timeouts", "icmp", d.Timeouts.ICMP}, {"timeouts", "tcp_established", d.Timeouts.TCPEstablished}, {"timeouts", "tcp_transitory", d.Timeouts.TCPTransitory},
+		{"protocols", "timeout", "timeouts.udp"}, {"udp", "peer_idle", d.UDP.PeerIdle}, {"udp", "socket_idle", d.UDP.SocketIdle},
 		{"log", "level", d.Log.Level}, {"log", "format", d.Log.Format}, {"control", "socket", d.Control.Socket},
 		{"rules", "no_kernel_mode", false}, {"rules", "fail", "queue.fail"}, {"rules", "refuse", "auto"}, {"rules", "log", true},
 		{"rules", "filters", nil}, {"rules", "name", nil}, {"rules", "action", nil}, {"rules", "from", nil}, {"rules", "to", nil}, {"rules", "protocols", nil},

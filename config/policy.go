@@ -223,12 +223,13 @@ func (r *reader) protocols(n ast.Node, p *policyText) {
 			}
 		}
 		r.section(v.Value, what, map[string]func(ast.Node){
-			"tcp":    spans("tcp", flow.TCP, 1, 65535),
-			"udp":    spans("udp", flow.UDP, 1, 65535),
-			"icmp":   spans("icmp", flow.ICMP, 0, 255),
-			"icmpv6": spans("icmpv6", flow.ICMPv6, 0, 255),
-			"ip":     func(n ast.Node) { d.Matches = append(d.Matches, r.ipProtocols(n, what+": ip")...) },
-			"filter": func(n ast.Node) { d.Filter = r.filterName(n, what+": filter") },
+			"tcp":     spans("tcp", flow.TCP, 1, 65535),
+			"udp":     spans("udp", flow.UDP, 1, 65535),
+			"icmp":    spans("icmp", flow.ICMP, 0, 255),
+			"icmpv6":  spans("icmpv6", flow.ICMPv6, 0, 255),
+			"ip":      func(n ast.Node) { d.Matches = append(d.Matches, r.ipProtocols(n, what+": ip")...) },
+			"filter":  func(n ast.Node) { d.Filter = r.filterName(n, what+": filter") },
+			"timeout": func(n ast.Node) { setNumber(r, n, what+": timeout", &d.Timeout, 1, maxIdle) },
 		})
 		p.protocols = append(p.protocols, d)
 		leave()

@@ -35,7 +35,7 @@ type sectionNodes struct {
 	networks, networkRules, protocols, rules  ast.Node
 	reversePath, queue, marks, ports, offload ast.Node
 	log, control, udp, pcp                    ast.Node
-	users, socks                              ast.Node
+	users, socks, timeouts                    ast.Node
 }
 
 func (s *sectionNodes) keys() map[string]func(ast.Node) {
@@ -54,6 +54,7 @@ func (s *sectionNodes) keys() map[string]func(ast.Node) {
 		"pcp":           keep(&s.pcp),
 		"users":         keep(&s.users),
 		"socks":         keep(&s.socks),
+		"timeouts":      keep(&s.timeouts),
 		"log":           keep(&s.log),
 		"control":       keep(&s.control),
 	}
@@ -77,6 +78,7 @@ func (s *sectionNodes) read(r *reader, c *Config, p *policyText) {
 	r.pcp(s.pcp, &c.PCP, &p.pcp)
 	r.users(s.users, c)
 	r.socks(s.socks, &c.Socks)
+	r.timeouts(s.timeouts, &c.Timeouts)
 	r.log(s.log, &c.Log)
 	r.section(s.control, "control", map[string]func(ast.Node){
 		"socket": func(n ast.Node) {
@@ -165,6 +167,19 @@ func (r *reader) udp(n ast.Node, u *UDP) {
 	r.section(n, "udp", map[string]func(ast.Node){
 		"peer_idle":   func(n ast.Node) { setNumber(r, n, "udp.peer_idle", &u.PeerIdle, 1, maxIdle) },
 		"socket_idle": func(n ast.Node) { setNumber(r, n, "udp.socket_idle", &u.SocketIdle, 1, maxIdle) },
+	})
+}
+
+// maxEstablished bounds how long a TCP connection may be idle, in seconds: ten
+// days.
+const maxEstablished = 864000
+
+func (r *reader) timeouts(n ast.Node, t *Timeouts) {
+	r.section(n, "timeouts", map[string]func(ast.Node){
+		"udp":             func(n ast.Node) { setNumber(r, n, "timeouts.udp", &t.UDP, 1, maxIdle) },
+		"icmp":            func(n ast.Node) { setNumber(r, n, "timeouts.icmp", &t.ICMP, 1, maxIdle) },
+		"tcp_established": func(n ast.Node) { setNumber(r, n, "timeouts.tcp_established", &t.TCPEstablished, 1, maxEstablished) },
+		"tcp_transitory":  func(n ast.Node) { setNumber(r, n, "timeouts.tcp_transitory", &t.TCPTransitory, 1, maxIdle) },
 	})
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"time"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
@@ -249,6 +250,7 @@ func (t *Takeover) fill(c *connection) {
 		_, t.OneWay, t.Burst = c.perm.carriage()
 	}
 	t.Chain = c.chain()
+	t.Idle = time.Duration(c.e.Policy().Timer(c.tuple)) * time.Second
 	c.mu.Lock()
 	t.Buffer = c.buffer
 	c.mu.Unlock()

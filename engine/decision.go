@@ -6,6 +6,7 @@ package engine
 import (
 	"net/netip"
 	"sync"
+	"time"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
@@ -64,6 +65,9 @@ type Takeover struct {
 	OneWay bool
 	// Burst: a burst of 64 KiB of UDP payload waits without loss.
 	Burst bool
+	// Idle is how long a UDP flow may carry nothing, and its client's socket
+	// after it; 0: as userpath is configured.
+	Idle time.Duration
 	// Buffer is the receive buffer for Chain, in bytes.
 	Buffer int
 

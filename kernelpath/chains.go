@@ -61,6 +61,9 @@ type Input struct {
 	// policy.Gateway excepted.
 	Networks     []policy.Network
 	NetworkRules []policy.NetworkRule
+	// Timers are disjoint and in the order of their ports. None on a kernel
+	// without FeatureCtTimeout.
+	Timers []policy.Timer
 }
 
 // The chains that several others go to. A verdict map that survives a reload
@@ -121,8 +124,9 @@ const (
 // builder collects the parts of a Ruleset.
 type builder struct {
 	Options
-	in Input
-	r  Ruleset
+	in          Input
+	r           Ruleset
+	plainTimers map[uint32]bool // of boxes
 }
 
 // Build makes the ruleset of a policy. It is pure: the same input gives the
@@ -132,7 +136,7 @@ func Build(in Input, o Options) (Ruleset, error) {
 	if o.ReversePath == "" {
 		o.ReversePath = ReversePathStrict
 	}
-	b := &builder{Options: o, in: in}
+	b := &builder{Options: o, in: in, plainTimers: map[uint32]bool{}}
 	if err := b.check(); err != nil {
 		return Ruleset{}, fmt.Errorf("build the ruleset: %w", err)
 	}
@@ -142,7 +146,7 @@ func Build(in Input, o Options) (Ruleset, error) {
 	if err := b.outMaps(); err != nil {
 		return Ruleset{}, fmt.Errorf("build the ruleset: %w", err)
 	}
-	for _, part := range []func() error{b.networkSets, b.upstreamZone, b.arrive, b.judged, b.translate, b.forward, b.pairs, b.publish, b.gateway} {
+	for _, part := range []func() error{b.networkSets, b.upstreamZone, b.arrive, b.judged, b.translate, b.forward, b.pairs, b.publish, b.timers, b.gateway} {
 		if err := part(); err != nil {
 			return Ruleset{}, fmt.Errorf("build the ruleset: %w", err)
 		}

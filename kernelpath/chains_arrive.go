@@ -146,6 +146,7 @@ func (b *builder) answers() {
 	open.add(enqueue(b.Native, b.FirstOpen, b.NumOpen, true))
 
 	c := b.chain(chainCarryFirst)
+	b.lookTimersUp(c)
 	c.add(b.putPath(fieldCtMark, flow.Kernel), accept())
 
 	// No permission has to do with it: translation looks none up.

@@ -219,14 +219,18 @@ func (b *builder) stages(chain, maps string, k stageKind, stages []policy.Stage,
 		if s.Is6 != (k.family.number == ipv6.number) || s.Kind != k.kind || len(s.Boxes) == 0 {
 			continue
 		}
-		shape := shapeOf(k, s.Boxes)
+		boxes, err := b.judge(k, s.Boxes, verdict)
+		if err != nil {
+			return 0, err
+		}
+		shape := shapeOf(k, boxes)
 		key := shape.key(k)
 		m := &set{
 			name: fmt.Sprintf("%s_%d", maps, n), key: fieldTypes(key), interval: !shape.exact,
 			data: []nftables.SetDatatype{nftables.TypeVerdict},
 		}
-		for _, x := range s.Boxes {
-			e, err := boxElements(k, shape, x, verdict)
+		for _, x := range boxes {
+			e, err := boxElements(k, shape, x.Box, x.to)
 			if err != nil {
 				return 0, err
 			}
@@ -257,13 +261,13 @@ type shape struct {
 // maxExact bounds the elements that the ranges of one stage become in a hash.
 const maxExact = 4096
 
-func shapeOf(k stageKind, boxes []policy.Box) shape {
+func shapeOf(k stageKind, boxes []judgedBox) shape {
 	s := shape{exact: k.kind == policy.KindPorts}
 	elements := 0
 	for _, x := range boxes {
 		s.src = s.src || x.Src.Bits() != 0
 		s.dst = s.dst || x.Dst.Bits() != 0
-		elements += len(singleProtos(k, x)) * (int(x.Ports.Hi) - int(x.Ports.Lo) + 1)
+		elements += len(singleProtos(k, x.Box)) * (int(x.Ports.Hi) - int(x.Ports.Lo) + 1)
 		single := func(p netip.Prefix) bool { return p.Bits() == 0 || p.IsSingleIP() }
 		if elements > maxExact || !single(x.Src) || !single(x.Dst) {
 			s.exact = false
@@ -305,11 +309,7 @@ func singleProtos(k stageKind, x policy.Box) []flow.Proto {
 
 // boxElements is one box of a stage: one element with a range in every field
 // of the key, or each of its values.
-func boxElements(k stageKind, s shape, x policy.Box, verdict boxVerdict) ([]element, error) {
-	to, err := verdict(x)
-	if err != nil {
-		return nil, err
-	}
+func boxElements(k stageKind, s shape, x policy.Box, to stmt) ([]element, error) {
 	if !x.Src.IsValid() || !x.Dst.IsValid() || x.Src.Addr().Is4() != x.Dst.Addr().Is4() ||
 		x.Src.Addr().Is4() != (k.family.number == ipv4.number) {
 		return nil, fmt.Errorf("box from %s to %s is not in its family", x.Src, x.Dst)

@@ -68,7 +68,7 @@ func (b *builder) exhausted() {
 
 // forward lets nothing pass but kernel flows.
 //
-//	ct mark and MASK == K accept (with a flowtable: goto carry)
+//	ct mark and MASK == K accept (with a flowtable: goto carry, or see offloaded)
 //	ct mark and MASK vmap { K with the cut bit : goto cut, ONE WAY : accept, STRANGER : goto peer }
 //	meta mark and MASK == K ct mark set K goto carry
 //	counter name "unmarked" drop
@@ -76,11 +76,7 @@ func (b *builder) exhausted() {
 // The third rule is for what a rule that fails open lets pass unqueued.
 func (b *builder) forward() error {
 	f := b.base("forward", filterHook("forward", unix.NF_INET_FORWARD, priorityFilter, nftables.ChainPolicyDrop))
-	carried := accept()
-	if len(b.Flowtable) > 0 {
-		carried = goTo(chainCarry)
-	}
-	f.add(masked(fieldCtMark, b.Marks.Mask(), b.mark(flow.Kernel)), carried)
+	f.add(masked(fieldCtMark, b.Marks.Mask(), b.mark(flow.Kernel)), b.offloaded())
 	f.add(switchMark(fieldCtMark, b.Marks.Mask(), []branch{
 		{[]value{markValue(b.Marks.CutValue(flow.Kernel))}, goTo(chainCut)},
 		// Never offloaded: arrive drops its answers.

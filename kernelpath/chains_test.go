@@ -54,6 +54,11 @@ func twoZones() Input {
 			{Name: "internet", Interfaces: []string{"wan0"}},
 		},
 		NetworkRules: []policy.NetworkRule{{Name: "out", From: "lan", To: "internet", Relation: policy.NAT}},
+		Timers: []policy.Timer{
+			{Ports: policy.PortRange{Lo: 53, Hi: 53}, Seconds: 10},
+			{Ports: policy.PortRange{Lo: 900, Hi: 1100}, Seconds: 600},
+			{Ports: policy.PortRange{Lo: 65000, Hi: 65535}, Seconds: 10},
+		},
 		Compiled: policy.Compiled{
 			Zones: []policy.Zone{{}, {ID: 1, Interfaces: []string{"lan0"}}, {ID: 2, Interfaces: []string{"wan0"}}},
 			Forward: []policy.Table{{In: 1, Out: 2, Stages: []policy.Stage{
@@ -88,6 +93,7 @@ func routedZones() Input {
 			{Name: "hidden", From: "lan", To: "internet", Relation: policy.NAT, Address: netip.MustParseAddr("203.0.113.1")},
 			{Name: "rest", From: "dmz", To: policy.Any, Relation: policy.Route},
 		},
+		Timers: []policy.Timer{{Ports: policy.PortRange{Lo: 53, Hi: 53}, Seconds: 10}},
 		Compiled: policy.Compiled{
 			Zones: []policy.Zone{{}, {ID: 1, Interfaces: []string{"lan0", "lan1"}}, {ID: 2, Interfaces: []string{"wan0"}}},
 		},

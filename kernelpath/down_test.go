@@ -10,6 +10,8 @@ import (
 	"testing"
 )
 
+var testIdle = Idle{UDP: 300, ICMP: 60, TCPEstablished: 7440, TCPTransitory: 240}
+
 func testSteering(t testing.TB) Steering { return NewSteering(testMarks(t), 4100, 4100) }
 
 // snapshot is all that a gateway could change outside its own sockets.
@@ -51,7 +53,7 @@ func TestDownRestoresWhatPrepareChanged(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	s.sh("nft list ruleset >/dev/null") // conntrack's sysctls are there
 	before := s.snapshot()
-	first := made(s, func() (Prepared, error) { return Prepare(dir, testSteering(t)) })
+	first := made(s, func() (Prepared, error) { return Prepare(dir, testSteering(t), testIdle) })
 	if len(first.Missing) > 0 || !slices.Contains(first.Changed, "net/ipv4/ip_forward") || !slices.Contains(first.Changed, "net/ipv6/conf/all/forwarding") ||
 		!slices.Contains(first.Changed, "net/netfilter/nf_conntrack_acct") {
 		t.Errorf("prepared: %+v", first)
@@ -63,6 +65,8 @@ func TestDownRestoresWhatPrepareChanged(t *testing.T) {
 	s.nft("table inet sluice { set x { type ipv4_addr; flags timeout; } \n }")
 	during := s.snapshot()
 	for _, line := range []string{"net.ipv4.ip_forward = 1", "net.ipv6.conf.lan0.forwarding = 1", "net.netfilter.nf_conntrack_events = 1",
+		"net.netfilter.nf_conntrack_udp_timeout = 300", "net.netfilter.nf_conntrack_icmp_timeout = 60",
+		"net.netfilter.nf_conntrack_tcp_timeout_established = 7440", "net.netfilter.nf_conntrack_tcp_timeout_fin_wait = 240",
 		"4100:\tfrom all fwmark 0x6000000/0x7000000 lookup 4100", "local default dev lo table 4100 scope host", "local default dev lo table 4100 metric 1024 pref medium"} {
 		if !slices.Contains(strings.Split(strings.ReplaceAll(during, " \n", "\n"), "\n"), line) {
 			t.Errorf("prepared without %q", line)
@@ -70,7 +74,7 @@ func TestDownRestoresWhatPrepareChanged(t *testing.T) {
 	}
 	// A second start after a crash finds everything set and must not take
 	// that for the state from before.
-	second := made(s, func() (Prepared, error) { return Prepare(dir, testSteering(t)) })
+	second := made(s, func() (Prepared, error) { return Prepare(dir, testSteering(t), testIdle) })
 	if len(second.Changed) > 0 {
 		t.Errorf("the second start changed %v", second.Changed)
 	}
@@ -96,7 +100,7 @@ func TestDownKeepsItsRecordUntilAllIsUndone(t *testing.T) {
 	s := newDownSpace(t)
 	dir := t.TempDir()
 	before := s.snapshot()
-	made(s, func() (Prepared, error) { return Prepare(dir, testSteering(t)) })
+	made(s, func() (Prepared, error) { return Prepare(dir, testSteering(t), testIdle) })
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	s.in(func() error {
@@ -118,10 +122,10 @@ func TestPrepareFollowsAMovedMark(t *testing.T) {
 	s := newDownSpace(t)
 	dir := t.TempDir()
 	before := s.snapshot()
-	made(s, func() (Prepared, error) { return Prepare(dir, testSteering(t)) })
+	made(s, func() (Prepared, error) { return Prepare(dir, testSteering(t), testIdle) })
 	s.in(func() error { _, err := testSteering(t).Install(); return err })
 	moved := NewSteering(testMarks(t), 4200, 50)
-	made(s, func() (Prepared, error) { return Prepare(dir, moved) })
+	made(s, func() (Prepared, error) { return Prepare(dir, moved, testIdle) })
 	s.in(func() error { _, err := moved.Install(); return err })
 	if rules := s.sh("ip rule; ip -6 rule"); strings.Contains(rules, "4100:\tfrom all fwmark 0x6000000") || strings.Count(rules, "lookup 4200") != 2 {
 		t.Errorf("rules:\n%s", rules)
@@ -144,7 +148,7 @@ func TestStateOfAnotherBootIsNoState(t *testing.T) {
 	if err := old.save(file); err != nil {
 		t.Fatal(err)
 	}
-	made(s, func() (Prepared, error) { return Prepare(dir, testSteering(t)) })
+	made(s, func() (Prepared, error) { return Prepare(dir, testSteering(t), testIdle) })
 	made(s, func() ([]string, error) { return Down(t.Context(), dir, Steering{}) })
 	if d := difference(before, s.snapshot()); d != "" {
 		t.Errorf("after down:\n%s", d)
@@ -153,7 +157,7 @@ func TestStateOfAnotherBootIsNoState(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.in(func() error {
-		if _, err := Prepare(dir, testSteering(t)); err == nil {
+		if _, err := Prepare(dir, testSteering(t), testIdle); err == nil {
 			t.Error("a broken state file was overwritten")
 		}
 		return nil

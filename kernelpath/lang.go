@@ -15,6 +15,7 @@ import (
 // changed after Build and may be shared.
 type Ruleset struct {
 	counters  []string
+	timers    []uint32 // seconds
 	flowtable []string // devices; none: no flowtable
 	xtQueue   bool     // its queues have the xt form
 	sets      []*set
@@ -143,6 +144,9 @@ func (r Ruleset) String() string {
 	fmt.Fprintf(&b, "table inet %s {\n", tableName)
 	for _, c := range r.counters {
 		fmt.Fprintf(&b, "\tcounter %s {\n\t}\n\n", c)
+	}
+	for _, s := range r.timers {
+		fmt.Fprintf(&b, "\tct timeout %s {\n\t\tprotocol udp\n\t\tl3proto inet\n\t\tpolicy = { unreplied : %d, replied : %d }\n\t}\n\n", timerName(s), s, s)
 	}
 	if len(r.flowtable) > 0 {
 		devices := make([]string, len(r.flowtable))

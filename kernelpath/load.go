@@ -17,6 +17,7 @@ type existing struct {
 	chains     map[string]*hook // nil hook: a regular chain
 	sets       map[string]existingSet
 	counters   map[string]bool
+	timers     map[uint32]bool // by their seconds
 	flowtables map[string]existingFlowtable
 }
 
@@ -146,6 +147,11 @@ func (tx *transaction) replace(old *existing, r Ruleset) {
 			tx.addCounter(name)
 		}
 	}
+	for _, s := range r.timers {
+		if !old.timers[s] {
+			tx.addTimer(tableName, s)
+		}
+	}
 	for _, c := range r.chains {
 		if _, there := old.chains[c.name]; c.hook != nil || !there {
 			tx.addChain(c)
@@ -220,7 +226,7 @@ func (t *Table) Delete() error {
 }
 
 func newExisting() *existing {
-	return &existing{map[string]*hook{}, map[string]existingSet{}, map[string]bool{}, map[string]existingFlowtable{}}
+	return &existing{map[string]*hook{}, map[string]existingSet{}, map[string]bool{}, map[uint32]bool{}, map[string]existingFlowtable{}}
 }
 
 // existing lists the table. A table that is not there gives an empty list.
@@ -233,7 +239,7 @@ func (s *socket) existing() (*existing, error) {
 	}{
 		{unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE, old.takeChain},
 		{unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE, old.takeSet},
-		{unix.NFT_MSG_GETOBJ, unix.NFTA_OBJ_TABLE, func(a map[uint16][]byte) { old.counters[cString(a[unix.NFTA_OBJ_NAME])] = true }},
+		{unix.NFT_MSG_GETOBJ, unix.NFTA_OBJ_TABLE, old.takeObject},
 		{msgGetFlowtable, attrFlowTable, old.takeFlowtable},
 	}
 	for _, step := range steps {

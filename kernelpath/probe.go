@@ -37,6 +37,7 @@ const (
 	FeatureCtEvents     FeatureName = "conntrack-events"
 	FeatureCtAccounting FeatureName = "conntrack-accounting"
 	FeatureCtTimestamp  FeatureName = "conntrack-timestamp"
+	FeatureCtTimeout    FeatureName = "conntrack-timeout"
 	FeatureTransparent4 FeatureName = "transparent-ipv4"
 	FeatureTransparent6 FeatureName = "transparent-ipv6"
 	FeaturePolicyRoutes FeatureName = "policy-routing"

@@ -50,6 +50,7 @@ var probes = []probe{
 	{Feature{Name: FeatureCtEvents, Needed: true, Option: "CONFIG_NF_CONNTRACK_EVENTS", Purpose: "ends of kernel flows"}, trySysctl("net/netfilter/nf_conntrack_events")},
 	{Feature{Name: FeatureCtAccounting, Option: "CONFIG_NF_CONNTRACK, CONFIG_SYSCTL", Purpose: "bytes and packets in the log"}, trySysctl("net/netfilter/nf_conntrack_acct")},
 	{Feature{Name: FeatureCtTimestamp, Option: "CONFIG_NF_CONNTRACK_TIMESTAMP", Purpose: "when kernel flows began"}, trySysctl("net/netfilter/nf_conntrack_timestamp")},
+	{Feature{Name: FeatureCtTimeout, Option: "CONFIG_NF_CONNTRACK_TIMEOUT, CONFIG_NFT_CT", Module: "nft_ct", Purpose: "timeouts of protocols of their own"}, tryTimer},
 	{Feature{Name: FeatureTransparent4, Needed: true, Option: "CONFIG_INET", Purpose: "sockets under addresses of others"}, tryTransparent(unix.AF_INET, unix.SOL_IP, unix.IP_TRANSPARENT)},
 	{Feature{Name: FeatureTransparent6, Option: "CONFIG_IPV6", Purpose: "the same for IPv6"}, tryTransparent(unix.AF_INET6, unix.SOL_IPV6, unix.IPV6_TRANSPARENT)},
 	{Feature{Name: FeaturePolicyRoutes, Needed: true, Option: "CONFIG_IP_MULTIPLE_TABLES", Purpose: "delivering taken-over flows"}, tryPolicyRouting},

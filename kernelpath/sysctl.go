@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	rtnl "github.com/vishvananda/netlink"
@@ -36,6 +37,37 @@ var sysctlNeeds = []sysctlNeed{
 	{path: "net/netfilter/nf_conntrack_timestamp", value: "1"},
 	{path: "net/netfilter/nf_flowtable_tcp_timeout", value: "5", flowtable: true},
 	{path: "net/netfilter/nf_flowtable_udp_timeout", value: "10", flowtable: true},
+}
+
+// Idle is how long, in seconds, flows in the kernel may carry nothing. What is 0
+// is left as it is.
+type Idle struct {
+	UDP            uint32
+	ICMP           uint32 // queries
+	TCPEstablished uint32
+	TCPTransitory  uint32 // connections that open or close
+}
+
+// needs are conntrack's sysctls for that. What is left of a connection that was
+// reset, or that both ends have closed, is not among them: RFC 5382, REQ-5,
+// leaves it open, and nobody waits for it.
+func (i Idle) needs() (list []sysctlNeed) {
+	for _, t := range []struct {
+		seconds uint32
+		names   []string
+	}{
+		{i.UDP, []string{"udp_timeout", "udp_timeout_stream"}},
+		{i.ICMP, []string{"icmp_timeout", "icmpv6_timeout"}},
+		{i.TCPEstablished, []string{"tcp_timeout_established"}},
+		{i.TCPTransitory, []string{"tcp_timeout_syn_sent", "tcp_timeout_syn_recv", "tcp_timeout_fin_wait", "tcp_timeout_close_wait", "tcp_timeout_last_ack"}},
+	} {
+		for _, name := range t.names {
+			if t.seconds != 0 {
+				list = append(list, sysctlNeed{path: "net/netfilter/nf_conntrack_" + name, value: fmt.Sprint(t.seconds)})
+			}
+		}
+	}
+	return list
 }
 
 const sysctlRoot = "/proc/sys"
@@ -99,8 +131,8 @@ type sysctlPlan struct {
 
 // planSysctls compares and adds the old values to the state; what an earlier
 // start recorded stays.
-func planSysctls(s *state) (plan sysctlPlan, err error) {
-	for _, n := range sysctlNeeds {
+func planSysctls(s *state, idle Idle) (plan sysctlPlan, err error) {
+	for _, n := range slices.Concat(sysctlNeeds, idle.needs()) {
 		now, err := readSysctl(n.path)
 		if errors.Is(err, fs.ErrNotExist) {
 			if !n.flowtable {
@@ -181,8 +213,9 @@ type Prepared struct {
 // Prepare makes the network namespace of the calling thread ready for a
 // gateway: the sysctls and the policy routing. What it changes is recorded
 // before, in the state file of dir (empty: DefaultStateDir), which Down reads;
-// the record of an earlier start is kept. It is safe to repeat.
-func Prepare(dir string, steer Steering) (p Prepared, err error) {
+// the record of an earlier start is kept. It is safe to repeat, also with another
+// idle.
+func Prepare(dir string, steer Steering, idle Idle) (p Prepared, err error) {
 	file, err := StateFile(dir)
 	if err != nil {
 		return p, err
@@ -199,7 +232,7 @@ func Prepare(dir string, steer Steering) (p Prepared, err error) {
 	}
 	s.Steering = steer
 	_ = tryCtNetlink() // where conntrack is a module, its sysctls come with it
-	plan, err := planSysctls(&s)
+	plan, err := planSysctls(&s, idle)
 	if err != nil {
 		return p, err
 	}

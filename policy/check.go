@@ -174,9 +174,10 @@ func (c *checker) protocol(d *Protocol) {
 	if len(d.Matches) == 0 {
 		c.add("", -1, "matches nothing")
 	}
-	carried := false
+	carried, datagrams := false, false
 	for _, m := range d.Matches {
 		carried = carried || m.Proto.HasPorts()
+		datagrams = datagrams || m.Proto == flow.UDP
 		icmp := m.Proto == flow.ICMP || m.Proto == flow.ICMPv6
 		switch {
 		case m.Ports.Lo > m.Ports.Hi:
@@ -189,6 +190,9 @@ func (c *checker) protocol(d *Protocol) {
 	}
 	if d.Filter != "" && !carried {
 		c.add("filter", -1, "a filter sees TCP and UDP only, and the protocol has neither")
+	}
+	if d.Timeout != 0 && !datagrams {
+		c.add("timeout", -1, "a timeout is for UDP, and the protocol has none")
 	}
 }
 

@@ -17,7 +17,8 @@ type Policy struct {
 	protocols []Protocol
 	rules     []Rule
 	// ix does not depend on NoKernelMode, so the copies that With makes share it.
-	ix *index
+	ix     *index
+	timers []Timer
 }
 
 // New checks everything and builds a Policy. It keeps copies of the slices,
@@ -52,7 +53,7 @@ func New(networks []Network, netRules []NetworkRule, protocols []Protocol, rules
 	if err := check(p); err != nil {
 		return nil, err
 	}
-	p.ix = newIndex(p)
+	p.ix, p.timers = newIndex(p), timersOf(p.protocols)
 	return p, nil
 }
 

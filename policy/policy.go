@@ -50,6 +50,9 @@ type Protocol struct {
 	// Filter is the name of the application filter that understands it, or
 	// empty. The filter is asked only under a rule that names it.
 	Filter string
+	// Timeout is how many seconds a UDP flow of it may carry nothing; 0: as
+	// long as others.
+	Timeout uint32
 }
 
 // Relation says how two networks are joined.

@@ -312,13 +312,13 @@ func (u *UDP) sweep(ctx context.Context) {
 		case <-tick.C:
 		}
 		killed, idle = killed[:0], idle[:0]
-		before := u.now() - int64(u.config.PeerIdle)
+		now := u.now()
 		u.mu.RLock()
 		for _, f := range u.flows {
 			switch {
 			case f.killed():
 				killed = append(killed, f)
-			case f.last.Load() < before:
+			case f.last.Load() < now-int64(u.idle(f, u.config.PeerIdle)):
 				idle = append(idle, f)
 			}
 		}
@@ -336,13 +336,21 @@ func (u *UDP) sweep(ctx context.Context) {
 	}
 }
 
+// idle is how long a flow may carry nothing: its own time, or else d.
+func (u *UDP) idle(f *udpFlow, d time.Duration) time.Duration {
+	if f.idle != 0 {
+		return f.idle
+	}
+	return d
+}
+
 // sweepPumps closes the upstream sockets that have had no peer for too long.
 func (u *UDP) sweepPumps() {
-	before := u.now() - int64(u.config.SocketIdle)
+	now := u.now()
 	var idle []*udpPump
 	u.mu.Lock()
 	for key, p := range u.pumps {
-		if p.refs == 0 && p.last < before {
+		if p.refs == 0 && p.until < now {
 			delete(u.pumps, key)
 			idle = append(idle, p)
 		}

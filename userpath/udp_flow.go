@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/netip"
 	"sync/atomic"
+	"time"
 
 	"github.com/sluicegw/sluice/engine"
 	"github.com/sluicegw/sluice/filterapi"
@@ -28,11 +29,12 @@ type udpRequest struct {
 	tuple    flow.Tuple
 	dial     engine.Dial
 	chain    []engine.Link
-	external bool // the initiator is on the external side
-	emulated bool // the last filter stands in for the external side
-	oneWay   bool // what the client sends is lost
-	burst    bool // 64 KiB of payload wait without loss
-	buffer   int  // bytes
+	external bool          // the initiator is on the external side
+	emulated bool          // the last filter stands in for the external side
+	oneWay   bool          // what the client sends is lost
+	burst    bool          // 64 KiB of payload wait without loss
+	idle     time.Duration // 0: as the configuration says
+	buffer   int           // bytes
 	control  udpControl
 }
 
@@ -207,7 +209,7 @@ func (u *UDP) letGo(f *udpFlow) {
 		}
 	}
 	if f.pump != nil {
-		f.pump.last = max(f.pump.last, f.last.Load())
+		f.pump.until = max(f.pump.until, f.last.Load()+int64(u.idle(f, u.config.SocketIdle)))
 		f.pump.refs--
 		if f.pump.refs == 0 && (u.closed || !f.pump.lingers()) {
 			delete(u.pumps, f.pump.key)

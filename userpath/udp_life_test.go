@@ -52,6 +52,32 @@ func TestUDPIdlePeerEndsAndPortStays(t *testing.T) {
 	})
 }
 
+// A flow whose protocol has a timeout ends by that, and so does its socket.
+func TestUDPIdleOfItsOwn(t *testing.T) {
+	udpInLab(t, func(l *udpLab) {
+		l.start(UDPConfig{})
+		l.server.echo(udpServer)
+		c := l.client.listen("10.0.0.2:4000")
+		q := udpRequest{tuple: udpTuple("10.0.0.2:4000", udpServer), idle: 300 * time.Millisecond}
+		q.dial = engine.Dial{Proto: flow.UDP, Target: q.tuple.Dst, Source: netip.MustParseAddrPort("203.0.113.1:0")}
+		begun := time.Now()
+		f := l.request(q)
+		other := l.take("10.0.0.2:4001", udpServer, "203.0.113.1:0")
+		l.ask(c, udpServer, []byte("one"))
+		if e := f.end(); e.result != flow.Closed || time.Since(begun) < 300*time.Millisecond {
+			t.Fatalf("ended %+v after %v", e, time.Since(begun))
+		}
+		for end := time.Now().Add(udpWaitLong); l.u.Stats().Sockets != 1; {
+			if time.Now().After(end) {
+				t.Fatal("the idle upstream socket stays open")
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		close(other.kill) // only now
+		other.end()
+	})
+}
+
 func TestUDPTrafficKeepsAPeer(t *testing.T) {
 	udpInLab(t, func(l *udpLab) {
 		l.start(UDPConfig{PeerIdle: 2 * time.Second})

@@ -29,8 +29,8 @@ type udpPump struct {
 	key udpPumpKey
 	id  int32
 
-	refs int   // flows; guarded by UDP.mu
-	last int64 // UDP.now of the last datagram of flows that ended; UDP.mu
+	refs  int   // flows; guarded by UDP.mu
+	until int64 // UDP.now at which it closes if it has none; UDP.mu
 
 	once   sync.Once
 	sock   *udpSocket
@@ -44,7 +44,7 @@ type udpPump struct {
 func newUDPPump(u *UDP, key udpPumpKey) *udpPump {
 	n := u.nextID.Add(1)
 	return &udpPump{
-		u: u, key: key, id: int32(n & 0x7fffffff), last: u.now(),
+		u: u, key: key, id: int32(n & 0x7fffffff),
 		poller: u.pollers[n%uint64(len(u.pollers))],
 		peers:  make(map[netip.AddrPort]*udpFlow),
 	}

@@ -38,7 +38,7 @@ func udpRequestOf(t *engine.Takeover) udpRequest {
 	return udpRequest{
 		tuple: t.Tuple, dial: t.Dial, chain: t.Chain,
 		external: t.InitiatorExternal, emulated: t.Emulated, oneWay: t.OneWay, burst: t.Burst,
-		buffer: t.Buffer, control: t,
+		idle: t.Idle, buffer: t.Buffer, control: t,
 	}
 }
 
@@ -276,11 +276,11 @@ func (u *UDP) opened() {
 	}
 }
 
-// longestIdle is the pump without peers that has been so for longest; nil if
-// all have peers. The caller holds u.mu.
+// longestIdle is the pump without peers that would close first; nil if all have
+// peers. The caller holds u.mu.
 func (u *UDP) longestIdle() (found *udpPump) {
 	for _, p := range u.pumps {
-		if p.refs == 0 && (found == nil || p.last < found.last) {
+		if p.refs == 0 && (found == nil || p.until < found.until) {
 			found = p
 		}
 	}

@@ -125,7 +125,17 @@ func (g *gateway) reload() error {
 	if what := needsRestart(g.cfg, next); what != "" {
 		return fmt.Errorf("%s: %s cannot change while the gateway runs; restart it", g.file, what)
 	}
-	return g.apply(next, next.Policy)
+	before := g.cfg.Timeouts
+	if err := g.apply(next, next.Policy); err != nil {
+		return err
+	}
+	if next.Timeouts == before {
+		return nil
+	}
+	if err := g.prepareHost(); err != nil {
+		return fmt.Errorf("the new policy is in force, but its timeouts are not: %w", err)
+	}
+	return nil
 }
 
 // recheck ends the living flows that the policy in force no longer allows,

@@ -29,7 +29,10 @@ func (g *gateway) checkPorts() error {
 // prepareHost sets the sysctls and the routes of the policy routing. It comes after the
 // table, or a host that did not forward would forward unfiltered meanwhile.
 func (g *gateway) prepareHost() error {
-	p, err := kernelpath.Prepare("", g.way)
+	t := g.cfg.Timeouts
+	p, err := kernelpath.Prepare("", g.way, kernelpath.Idle{
+		UDP: t.UDP, ICMP: t.ICMP, TCPEstablished: t.TCPEstablished, TCPTransitory: t.TCPTransitory,
+	})
 	if err != nil {
 		return err
 	}
@@ -76,6 +79,9 @@ func steering(bits flow.Marks, m config.Marks) kernelpath.Steering {
 func (g *gateway) warnHost() {
 	for _, text := range missingInterfaces(g.policy) {
 		g.log.Warn(text)
+	}
+	if !g.facts.timers && len(g.policy.Timers()) > 0 {
+		g.log.Warn("this kernel has no conntrack timeouts of their own for protocols: their flows have `timeouts.udp`")
 	}
 	chains, err := kernelpath.ForeignChains()
 	if err != nil {
@@ -158,7 +164,7 @@ func (g *gateway) choose(f kernelpath.Features) error {
 			return fmt.Errorf("queue.form: %s: this kernel lacks %s (%s): %s", form, x.Name, x.Option, x.Problem)
 		}
 	}
-	g.facts.flowtable = f.Has(kernelpath.FeatureFlowtable)
+	g.facts.flowtable, g.facts.timers = f.Has(kernelpath.FeatureFlowtable), f.Has(kernelpath.FeatureCtTimeout)
 	return nil
 }
 

@@ -14,6 +14,7 @@ import (
 type kernelFacts struct {
 	native     bool
 	flowtable  bool
+	timers     bool
 	tproxyPort uint16
 }
 
@@ -33,7 +34,11 @@ func buildRuleset(c *config.Config, p *policy.Policy, k kernelFacts) (kernelpath
 	if k.flowtable && c.Flowtable {
 		o.Flowtable = presentInterfaces(p)
 	}
-	return kernelpath.Build(kernelpath.Input{Compiled: compiled, Networks: joinedNetworks(p), NetworkRules: p.NetworkRules()}, o)
+	in := kernelpath.Input{Compiled: compiled, Networks: joinedNetworks(p), NetworkRules: p.NetworkRules()}
+	if k.timers {
+		in.Timers = p.Timers()
+	}
+	return kernelpath.Build(in, o)
 }
 
 // joinedNetworks are the networks that network rules name.
