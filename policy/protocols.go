@@ -11,9 +11,9 @@ var every = PortRange{0, 65535}
 func Builtin() []Protocol {
 	return []Protocol{
 		{Name: "http", Matches: tcp(80)},
-		{Name: "https", Matches: both(443)}, // UDP: HTTP/3, RFC 9114
+		{Name: "https", Matches: both(443)},           // UDP: HTTP/3, RFC 9114
 		{Name: "dns", Matches: both(53), Timeout: 10}, // one question and its answer
-		{Name: "dns-tls", Matches: both(853)}, // RFC 7858; UDP: RFC 9250
+		{Name: "dns-tls", Matches: both(853)},         // RFC 7858; UDP: RFC 9250
 		{Name: "ftp", Matches: tcp(21), Filter: "ftp"},
 		{Name: "ftps", Matches: tcp(990)},
 		{Name: "ssh", Matches: tcp(22)},
