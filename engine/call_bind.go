@@ -20,7 +20,8 @@ const bindFlags = commonFlags | widerFlags | filterapi.Bidirectional | filterapi
 type place struct {
 	first   netip.AddrPort // the lowest address; invalid: each at its client's own
 	leased  bool
-	waiting bool // for the client's address
+	waiting bool     // for the client's address
+	mapping *mapping // that has the address already; nil: none
 }
 
 // at is the external address of bind i.
@@ -52,9 +53,11 @@ func (s *session) bindForClient(by string, b filterapi.Bind) ([]*connection, err
 	if !s.e.perms.room(s.addr, len(b.Clients), s.e.quota) {
 		return fail(filterapi.ErrQuota)
 	}
-	x, err := s.findPlace(b, t)
-	if err != nil {
-		return fail(err)
+	x, mapped := s.placeOfMapping(b, t)
+	if !mapped {
+		if x, err = s.findPlace(b, t); err != nil {
+			return fail(err)
+		}
 	}
 	x.waiting = waiting
 	perms := make([]*permission, len(b.Clients))
@@ -253,6 +256,7 @@ func (s *session) newBind(b filterapi.Bind, t terms, x place, i int, client neti
 	if r := t.verdict.NetworkRule; b.Flags&filterapi.SameSource != 0 && x.first.Addr().Is4() && r != nil && r.Relation == policy.NAT && !t.verdict.Reverse {
 		p.Leaves = r.Name
 	}
+	p.mapping, p.borrows = x.mapping, x.mapping != nil
 	p.filter = b.IPFilter.Clone()
 	p.setSources(p.filter)
 	p.object = &connection{

@@ -39,7 +39,8 @@ type connection struct {
 	netRule         *policy.NetworkRule
 	leaving         policy.Question
 	mapping, around *mapping
-	holds           bool // it counts as a flow of them
+	source          netip.AddrPort // the external endpoint that it leaves from
+	holds           bool           // it counts as a flow of them
 
 	internalTranslation bool // its server sees the gateway's own address
 

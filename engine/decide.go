@@ -21,10 +21,13 @@ func (e *Engine) Decide(ctx context.Context, first flow.Packet) Decision {
 		return e.refuse(c, *refusal)
 	}
 	if c.session == nil {
-		return e.decideMapped(ctx, c)
+		return e.decideMapped(ctx, rules, c)
 	}
 	if r := e.mapConnection(ctx, c); r != nil {
 		return e.refuse(c, *r)
+	}
+	if c.mapping != nil && e.Policy() != rules {
+		e.remap()
 	}
 	d := Decision{Path: flow.Kernel}
 	if e.concerns(c) {
@@ -231,7 +234,7 @@ func (e *Engine) takeOver(c *connection) Decision {
 		t.InitiatorExternal = true
 		t.Dial = Dial{Proto: c.tuple.Proto, Target: c.perm.client()} // it has dialled itself
 	case c.around != nil && !emulated:
-		t.Dial = Dial{Proto: c.tuple.Proto, Target: c.around.inside.addrPort(), Source: c.mapping.external.addrPort()}
+		t.Dial = Dial{Proto: c.tuple.Proto, Target: c.around.inside.addrPort(), Source: c.source}
 	case c.inbound():
 		t.InitiatorExternal = true
 		t.Dial = Dial{Proto: c.tuple.Proto, Target: c.perm.client(), Source: c.tuple.Src, Transparent: true}
@@ -277,8 +280,8 @@ func (e *Engine) upstream(c *connection) Dial {
 		d.Source, d.Transparent = c.perm.Source, false
 		return d
 	}
-	if c.mapping != nil {
-		d.Source, d.Transparent = c.mapping.external.addrPort(), false
+	if c.source.IsValid() {
+		d.Source, d.Transparent = c.source, false
 		return d
 	}
 	q, err := e.question(to, c.inIface)

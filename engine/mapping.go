@@ -69,6 +69,7 @@ const (
 type mappingExtra struct {
 	change   chan struct{} // closed when the kernel has acknowledged a change; nil: none is under way
 	bind     *permission   // what filters make of it
+	borrower *permission   // a bind that has its address
 	held     *session      // which lives as long
 	inUser   int32         // flows in user space
 	peers    map[netip.Addr]int32
@@ -161,8 +162,13 @@ func (m *mapping) opens() bool {
 	if m.filtering == policy.FilterAddressAndPort || !m.proto.HasPorts() {
 		return false
 	}
-	b := m.bind()
-	return b == nil || b.isDiscarding()
+	if m.extra == nil {
+		return true
+	}
+	if b := m.extra.borrower; b != nil && b.waits() && !b.isDiscarding() {
+		return false
+	}
+	return m.extra.bind == nil || m.extra.bind.isDiscarding()
 }
 
 var (
@@ -339,7 +345,7 @@ func (e *Engine) enforceBind(m *mapping) error {
 
 // lean gives back what a mapping does not need. x.mu is held.
 func (m *mapping) lean() {
-	if x := m.extra; x != nil && x.change == nil && x.bind == nil && x.held == nil && x.inUser == 0 && len(x.peers) == 0 && len(x.attempts) == 0 && x.quiet == 0 {
+	if x := m.extra; x != nil && x.change == nil && x.bind == nil && x.borrower == nil && x.held == nil && x.inUser == 0 && len(x.peers) == 0 && len(x.attempts) == 0 && x.quiet == 0 {
 		m.extra = nil
 	}
 }

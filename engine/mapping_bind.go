@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"slices"
 
+	"go.uber.org/zap"
+
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/nat"
@@ -208,4 +210,97 @@ func (e *Engine) mappedBinds() []PermissionInfo {
 		out = append(out, i)
 	}
 	return out
+}
+
+// placeOfMapping is the place of a bind whose client has a mapping already, and
+// whose flows are to leave from the bind's address: it is that of the mapping,
+// which lives as long as the bind. false: there is none that would do.
+func (s *session) placeOfMapping(b filterapi.Bind, t terms) (place, bool) {
+	r := t.verdict.NetworkRule
+	if b.Flags&filterapi.SameSource == 0 || b.Flags&filterapi.EvenPort != 0 || len(b.Clients) != 1 || !b.Clients[0].Addr().Is4() ||
+		r == nil || t.verdict.Reverse || !r.Maps(b.Proto) {
+		return place{}, false
+	}
+	x := &s.e.mappings
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	m := x.byInside[insideKey{x.numberOf(r.Name), b.Proto, packed(b.Clients[0])}]
+	if m == nil || m.state != mappingLive || m.extra != nil && (m.extra.borrower != nil || m.extra.change != nil) {
+		return place{}, false
+	}
+	at := m.external.addrPort()
+	if a := b.External.Addr(); a.IsValid() && !a.IsUnspecified() && a != at.Addr() {
+		return place{}, false
+	}
+	if p := b.External.Port(); p != 0 && p != at.Port() && b.Flags&filterapi.Preferred == 0 {
+		return place{}, false
+	}
+	m.more().inUser++
+	s.e.count(m, 1)
+	return place{first: at, mapping: m}, true
+}
+
+// lendMapping makes a bind the one that says who may come in to the mapping
+// whose address it borrows.
+func (e *Engine) lendMapping(p *permission) {
+	if !p.borrows {
+		return
+	}
+	e.mappings.mu.Lock()
+	more := p.mapping.more()
+	more.borrower = p
+	own := more.bind
+	e.mappings.mu.Unlock()
+	e.setYields(own, true)
+}
+
+// regain has the network rule say again who may come in to a mapping, when the
+// bind that borrows its address lets nobody in any more.
+func (e *Engine) regain(p *permission) {
+	if !p.borrows || p.waits() {
+		return
+	}
+	e.mappings.mu.Lock()
+	own := p.mapping.bind()
+	e.mappings.mu.Unlock()
+	if own == nil {
+		return
+	}
+	own.mu.Lock()
+	yields := own.yields
+	own.mu.Unlock()
+	if yields {
+		e.setYields(own, false)
+	}
+}
+
+// setYields has the bind that a mapping is let nobody in, or whom it did before.
+func (e *Engine) setYields(own *permission, on bool) {
+	if own == nil {
+		return
+	}
+	own.mu.Lock()
+	own.yields = on
+	own.mu.Unlock()
+	_ = e.enforce(own) // it logs
+}
+
+// giveMappingBack ends that: the network rule says so again.
+func (e *Engine) giveMappingBack(p *permission) {
+	if !p.borrows {
+		return
+	}
+	m := p.mapping
+	e.mappings.mu.Lock()
+	more := m.more()
+	if more.borrower == p {
+		more.borrower = nil
+	}
+	more.inUser--
+	e.count(m, -1)
+	m.lean()
+	e.mappings.mu.Unlock()
+	if err := e.yield(p); err != nil {
+		e.log.Error("a mapping lets nobody in", zap.Stringer("external", p.External), zap.Error(err))
+	}
 }

@@ -55,6 +55,9 @@ func (e *Engine) mapConnection(ctx context.Context, c *connection) *refused {
 	if c.netRule == nil {
 		return nil
 	}
+	if c.source = e.perms.leavesFrom(c.netRule.Name, c.tuple); c.source.IsValid() {
+		return e.aroundFromBind(ctx, c)
+	}
 	m, err := e.mapFlow(ctx, c, c.netRule, c.leaving)
 	switch {
 	case errors.Is(err, errNoExternalPort):
@@ -64,11 +67,29 @@ func (e *Engine) mapConnection(ctx context.Context, c *connection) *refused {
 	case err != nil:
 		return &refused{refusedPath(c), flow.Failed, err.Error()}
 	}
-	c.mapping = m
+	c.mapping, c.source = m, m.external.addrPort()
 	if c.around == nil {
 		return nil
 	}
 	if !e.attempt(m, c.around) {
+		return &refused{flow.Drop, flow.Denied, filtered}
+	}
+	if err := e.revive(ctx, c.around); err != nil {
+		return &refused{refusedPath(c), flow.Failed, err.Error()}
+	}
+	return nil
+}
+
+// aroundFromBind lets a flow that leaves from a bind in to a mapping, unless
+// that asks whom it has sent to: a bind remembers nobody.
+func (e *Engine) aroundFromBind(ctx context.Context, c *connection) *refused {
+	if c.around == nil {
+		return nil
+	}
+	e.mappings.mu.Lock()
+	everybody := c.around.filtering == policy.FilterEndpointIndependent
+	e.mappings.mu.Unlock()
+	if !everybody {
 		return &refused{flow.Drop, flow.Denied, filtered}
 	}
 	if err := e.revive(ctx, c.around); err != nil {
@@ -96,14 +117,8 @@ func (e *Engine) mapPermitted(rules *policy.Policy, c *connection) {
 
 // holdMappings counts a flow that user space carries.
 func (e *Engine) holdMappings(c *connection) {
-	if c.mapping == nil {
-		return
-	}
 	c.holds = true
-	e.hold(c.mapping, c.leaving.Dst.Addr(), 1)
-	if c.around != nil {
-		e.hold(c.around, c.mapping.external.addrPort().Addr(), 1)
-	}
+	e.holdThem(c, 1)
 }
 
 func (e *Engine) unholdMappings(c *connection) {
@@ -111,9 +126,15 @@ func (e *Engine) unholdMappings(c *connection) {
 		return
 	}
 	c.holds = false
-	e.hold(c.mapping, c.leaving.Dst.Addr(), -1)
+	e.holdThem(c, -1)
+}
+
+func (e *Engine) holdThem(c *connection, by int32) {
+	if c.mapping != nil {
+		e.hold(c.mapping, c.leaving.Dst.Addr(), by)
+	}
 	if c.around != nil {
-		e.hold(c.around, c.mapping.external.addrPort().Addr(), -1)
+		e.hold(c.around, c.source.Addr(), by)
 	}
 }
 
@@ -195,12 +216,15 @@ func (m *mapping) attempted(now int64) bool {
 
 // decideMapped decides about a flow that no filter has to do with: there is
 // nothing to remember of it but its mapping.
-func (e *Engine) decideMapped(ctx context.Context, c *connection) Decision {
+func (e *Engine) decideMapped(ctx context.Context, rules *policy.Policy, c *connection) Decision {
 	if r := e.mapConnection(ctx, c); r != nil {
 		return e.refuse(c, *r)
 	}
-	if c.netRule != nil && e.Policy().Judge(c.leaving).NetworkRule == nil {
-		return e.refuse(c, refused{refusedPath(c), flow.CutByPolicy, "the rules changed meanwhile"})
+	if now := e.Policy(); now != rules && c.netRule != nil {
+		e.remap()
+		if refusedByRules(now.Judge(c.leaving)) != nil {
+			return e.refuse(c, refused{refusedPath(c), flow.CutByPolicy, "the rules changed meanwhile"})
+		}
 	}
 	if ctx.Err() != nil {
 		return e.refuse(c, refused{refusedPath(c), flow.Failed, "decision came too late"})

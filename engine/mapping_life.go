@@ -251,9 +251,7 @@ func (e *Engine) remap() {
 		}
 	}
 	for _, m := range end {
-		delete(x.byInside, m.insideKey())
-		m.state = mappingOutlived
-		m.more().change = make(chan struct{})
+		x.outlive(m)
 		if m.flows <= 0 {
 			x.rest(m, e.now())
 		}

@@ -40,7 +40,8 @@ type permission struct {
 	deepen       func()        // makes room for a burst at its socket; nil: it has none, or no need
 	gone         chan struct{} // closed when a bind whose end is a socket of the gateway lets nobody in any more; nil: another one
 
-	mapping *mapping // that it is; nil: none
+	mapping *mapping // that it is, or whose address it borrows; nil: none
+	borrows bool
 
 	by string // the filter that asked for it; else what of the configuration
 
@@ -64,6 +65,7 @@ type permission struct {
 	filter     *filterapi.IPFilter
 	awaiting   bool      // a bind without a client's address
 	discarding bool      // a bind that nobody has allowed yet
+	yields     bool      // a mapping's, to the bind that borrows its address
 	forced     bool      // its flows stay in user space
 	burst      bool      // a burst of datagrams waits for user space
 	emulated   bool      // a bind that a filter emulates: nothing is opened
@@ -116,7 +118,7 @@ func (p *permission) ipFilter() *filterapi.IPFilter {
 
 // shut says whether a bind lets nobody in, whatever its filter says. p.mu is
 // held.
-func (p *permission) shut() bool { return p.awaiting || p.discarding }
+func (p *permission) shut() bool { return p.awaiting || p.discarding || p.yields }
 
 func (p *permission) currentBasis() basis {
 	p.mu.Lock()

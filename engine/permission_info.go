@@ -83,7 +83,7 @@ func (p *permission) info() (PermissionInfo, bool) {
 		AddressBased: p.addressBased, Notify: p.notify != nil, Expires: p.expiry, Flows: p.flows, State: "used",
 		Path: p.path(filtered), By: p.by, User: p.session.User(), Bind: p.object != nil, Socket: p.Direction == nat.Local,
 	}
-	if p.mapping != nil {
+	if p.mapping != nil && !p.borrows {
 		i.Leaves = strings.TrimPrefix(p.by, networkRuleWord)
 	}
 	if p.standing.rule != nil {

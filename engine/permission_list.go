@@ -26,19 +26,45 @@ func (p *permission) key() permKey {
 	return permKey{proto: p.Proto, client: p.Client.Addr(), dst: p.Target}
 }
 
+// leavingKey finds the bind from which a client's flows leave by a network rule.
+type leavingKey struct {
+	networkRule string
+	proto       flow.Proto
+	client      netip.AddrPort
+}
+
+// leavesFrom is the bind that a flow leaves from by a network rule, if the kernel
+// has that; else it is invalid.
+func (s *permissions) leavesFrom(networkRule string, t flow.Tuple) netip.AddrPort {
+	s.mu.Lock()
+	p := s.leaving[leavingKey{networkRule, t.Proto, t.Src}]
+	s.mu.Unlock()
+	if p == nil {
+		return netip.AddrPort{}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if want, _ := p.wanted(); want != holdsOpening {
+		return netip.AddrPort{}
+	}
+	return p.External
+}
+
 // permissions are those that wait or whose flows live. Its lock is taken
 // before that of a permission or a session, never after.
 type permissions struct {
 	mu       sync.Mutex
-	byKey    map[permKey][]*permission // oldest first
-	byClient map[netip.Addr]int        // that wait
-	vias     map[permKey]int           // addresses that lead to targets, without the client
+	byKey    map[permKey][]*permission  // oldest first
+	byClient map[netip.Addr]int         // that wait
+	leaving  map[leavingKey]*permission // where what clients send leaves from a bind
+	vias     map[permKey]int            // addresses that lead to targets, without the client
 }
 
 func (s *permissions) init() {
 	s.byKey = make(map[permKey][]*permission)
 	s.byClient = make(map[netip.Addr]int)
 	s.vias = make(map[permKey]int)
+	s.leaving = make(map[leavingKey]*permission)
 }
 
 // add takes the permissions of one call in, all of them or none, within the
@@ -107,6 +133,9 @@ func (s *permissions) taken(p *permission, client, external netip.AddrPort) bool
 // list makes a permission known to find. mu is held.
 func (s *permissions) list(p *permission) {
 	s.byKey[p.key()] = append(s.byKey[p.key()], p)
+	if p.Leaves != "" {
+		s.leaving[leavingKey{p.Leaves, p.Proto, p.Client}] = p
+	}
 	if p.Via.IsValid() {
 		s.vias[permKey{proto: p.Proto, dst: p.Via}]++
 	}
@@ -118,6 +147,9 @@ func (s *permissions) unlist(p *permission) {
 	i := slices.Index(s.byKey[key], p)
 	if i < 0 {
 		return
+	}
+	if at := (leavingKey{p.Leaves, p.Proto, p.Client}); s.leaving[at] == p {
+		delete(s.leaving, at)
 	}
 	rest := append(s.byKey[key][:i:i], s.byKey[key][i+1:]...)
 	if s.byKey[key] = rest; len(rest) == 0 {

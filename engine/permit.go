@@ -30,6 +30,9 @@ func (e *Engine) grant(perms ...*permission) error {
 	if err := e.perms.add(e.quota, perms...); err != nil {
 		return err
 	}
+	for _, p := range perms {
+		e.lendMapping(p)
+	}
 	errs := make([]error, len(perms))
 	var changes sync.WaitGroup // the kernel gets them together
 	for i, p := range perms {
@@ -289,6 +292,7 @@ func (e *Engine) enforce(p *permission) error {
 	}
 	if err == nil && want != holdsOpening {
 		err = e.yield(p)
+		e.regain(p)
 	}
 	if err != nil {
 		if want != holdsOpening {
@@ -300,6 +304,7 @@ func (e *Engine) enforce(p *permission) error {
 	if over && !p.freed {
 		p.freed = true
 		e.perms.drop(p)
+		e.giveMappingBack(p)
 		if p.lease.IsValid() {
 			e.unlease(p)
 		}

@@ -109,3 +109,50 @@ func TestB30DenyMapping(t *testing.T) {
 	refused := socket(s.Client, to(s.client, 4001))
 	lost(t, refused, to(s.other, 7), other)
 }
+
+// A bind for a client that has a mapping already is at the mapping's address,
+// and the mapping outlives it.
+func TestNUDP01BindAtMapping(t *testing.T) {
+	t.Parallel()
+	for _, m := range modes[:3] {
+		t.Run(m.filtering, func(t *testing.T) {
+			t.Parallel()
+			s, own, at, e := mapped(t, m)
+			other := socket(s.Other, to(s.other, 3000))
+			r := s.must("bind", e, lab.ProbeArgs{Proto: "udp", Clients: []string{to(s.client, 4000).String()}, Flags: []string{"AllowMultiple", "SameSource", "Bidirectional"}})
+			if r.Addr != at.String() {
+				t.Fatalf("bound to %s, the mapping is %s", r.Addr, at)
+			}
+			reaches(t, other, at, own)
+			if from := reaches(t, own, to(s.other, 3000), other); from != at {
+				t.Errorf("the answer comes from %s, want %s", from, at)
+			}
+			s.p.Must("kill", lab.ProbeArgs{Conn: r.Conn})
+			fresh := socket(s.Other, to(s.other, 8))
+			if m.filtering == independent {
+				reaches(t, fresh, at, own)
+			} else {
+				lost(t, fresh, at, own)
+			}
+			if from := seenBy(t, fresh, own); from != at {
+				t.Errorf("after the bind the next flow has %s, want %s", from, at)
+			}
+		})
+	}
+}
+
+// What a client sends from a bind's endpoint leaves from the bind, also where
+// endpoints are mapped.
+func TestNUDP01MappingAfterBind(t *testing.T) {
+	t.Parallel()
+	s, _, _, e := mapped(t, modes[2])
+	r := s.must("bind", e, lab.ProbeArgs{Proto: "udp", Clients: []string{to(s.client, 4001).String()}, Flags: []string{"AllowMultiple", "SameSource", "Bidirectional"}})
+	second := socket(s.Client, to(s.client, 4001))
+	s.on("UDPDestination", "attach")
+	for _, port := range []int{7, 8} { // user space, the kernel
+		server := socket(s.Other, to(s.other, port))
+		if from := seenBy(t, server, second); from.String() != r.Addr {
+			t.Errorf("port %d: the server saw %s, the bind is %s", port, from, r.Addr)
+		}
+	}
+}
