@@ -32,11 +32,15 @@ var modes = []mode{{independent, independent}, {independent, byAddress}, {indepe
 
 func (m mode) String() string { return m.mapping + " mapping, " + m.filtering + " filtering" }
 
-// config lets everything out through a network rule of this mode. more is what
-// else the rule has, with commas.
+// config lets everything out through a network rule of this mode; the last one is
+// what a rule is that says nothing. more is what else the rule has, with commas.
 func (m mode) config(more string) lab.Config {
+	said := ""
+	if m != modes[3] {
+		said = fmt.Sprintf(", mapping: %s, filtering: %s", m.mapping, m.filtering)
+	}
 	return lab.Config{
-		NetworkRules: fmt.Sprintf("  - {name: out, from: lan, to: wan, relation: nat, mapping: %s, filtering: %s%s}\n", m.mapping, m.filtering, more),
+		NetworkRules: fmt.Sprintf("  - {name: out, from: lan, to: wan, relation: nat%s%s}\n", said, more),
 		Rules:        "  - {name: all, action: allow, from: lan, to: wan, protocols: any}\n",
 	}
 }

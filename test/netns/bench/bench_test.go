@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"fmt"
 	"math"
 	"strings"
 	"testing"
@@ -55,7 +56,7 @@ func TestEndsAreDistinct(t *testing.T) {
 
 func TestBatchAddressesPackets(t *testing.T) {
 	b := newBatch(5003)
-	b.fill(70, false)
+	b.fill(70, 70, newFlows)
 	for i, p := range b.packets {
 		client, server, sport := ends(70 + uint32(i))
 		if !bytes.Equal(p[12:16], client[:]) || !bytes.Equal(p[16:20], server[:]) || b.to[i].Addr != server {
@@ -71,9 +72,29 @@ func TestBatchAddressesPackets(t *testing.T) {
 			t.Fatalf("packet %d: UDP length %d of %d", i, got, len(p)-20)
 		}
 	}
-	b.fill(70, true)
+	b.fill(70, 70, oneFlow)
 	if b.packets[0] != b.packets[sendmmsgMany-1] {
 		t.Error("packets of one flow differ")
+	}
+}
+
+// One endpoint's flows go to as many servers; new endpoints are each another.
+func TestEndpoints(t *testing.T) {
+	const first, n = 1000, burstFlows
+	servers, endpoints, clashes := map[[4]byte]bool{}, map[string]bool{}, map[string]bool{}
+	for k := range uint32(n) {
+		client, server, sport := oneEndpoint.ends(first, first+k)
+		wantClient, _, wantPort := ends(first)
+		if client != wantClient || sport != wantPort {
+			t.Fatalf("flow %d is from %v, port %d", k, client, sport)
+		}
+		servers[server] = true
+		client, server, sport = newEndpoints.ends(first, first+k)
+		endpoints[fmt.Sprint(client, sport)] = true
+		clashes[fmt.Sprint(server, sport)] = true
+	}
+	if len(servers) != n || len(endpoints) != n || len(clashes) != n {
+		t.Errorf("%d flows: %d servers of one endpoint; %d endpoints, %d without a clash", n, len(servers), len(endpoints), len(clashes))
 	}
 }
 

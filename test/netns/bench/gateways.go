@@ -14,6 +14,8 @@ type stand struct {
 	lanes []*lane
 
 	sluice, bare, proxy *lane
+	// mapped is Sluice with endpoint-independent mapping.
+	mapped *lane
 	// other* take Sluice's place in a self-check.
 	otherBare, otherProxy *lane
 }
@@ -39,7 +41,10 @@ func newStand(ctx context.Context, o options) (*stand, error) {
 		s.otherProxy, err = s.lane("haproxy again", haproxy)
 		return s, err
 	}
-	s.sluice, err = s.lane("sluice", func(l *lane) error { return s.startSluice(ctx, l, o.gateway) })
+	if s.sluice, err = s.lane("sluice", func(l *lane) error { return s.startSluice(ctx, l, o.gateway, gatewayConfig) }); err != nil {
+		return s, err
+	}
+	s.mapped, err = s.lane("sluice, mapping endpoints", func(l *lane) error { return s.startSluice(ctx, l, o.gateway, mappedConfig) })
 	return s, err
 }
 
@@ -148,15 +153,31 @@ log: {format: json}
 control: {socket: %s}
 `
 
-func (s *stand) startSluice(ctx context.Context, l *lane, program string) error {
-	path := filepath.Join(s.dir, "gateway.yaml")
-	text := fmt.Sprintf(gatewayConfig, filepath.Join(s.dir, "control"))
+// mappedConfig has ports for very many endpoints, which do not rest.
+const mappedConfig = `
+networks:
+  lan: {interfaces: [lan0]}
+  wan: {interfaces: [wan0]}
+network_rules:
+  - {name: internet, from: lan, to: wan, relation: nat, mapping: endpoint-independent}
+protocols:
+  decided: {udp: 5000-5099}
+rules:
+  - {name: kernel, action: allow, from: lan, to: wan, protocols: decided}
+ports: {kernel: 1024-2047, leases: 2048-32767, quota: 65535, quarantine: 0}
+log: {format: json}
+control: {socket: %s}
+`
+
+func (s *stand) startSluice(ctx context.Context, l *lane, program, config string) error {
+	path := filepath.Join(s.dir, l.gw+".yaml")
+	text := fmt.Sprintf(config, filepath.Join(s.dir, l.gw+".control"))
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		return fmt.Errorf("write the configuration: %w", err)
 	}
 	// The probe filter judges the queued flows; no test tells it anything, so
 	// it leaves them to the kernel.
-	env := []string{"SLUICE_PROBE_SOCKET=" + filepath.Join(s.dir, "probe")}
+	env := []string{"SLUICE_PROBE_SOCKET=" + filepath.Join(s.dir, l.gw+".probe")}
 	var err error
 	if l.daemon, err = start(l.gw, s.dir, env, program, "run", "-c", path); err != nil {
 		return err

@@ -8,15 +8,45 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// flows are the flows of a load of datagrams.
+type flows struct {
+	// ends gives the k-th flow its ends; first is the load's first.
+	ends func(first, k uint32) (client, server [4]byte, sport uint16)
+	// warm: the first flow stands before the others begin.
+	warm bool
+}
+
+var (
+	// newFlows begins a flow with each datagram, and a client's socket with every
+	// sixteenth.
+	newFlows = flows{ends: func(_, k uint32) ([4]byte, [4]byte, uint16) { return ends(k) }}
+	// oneFlow is the same for all.
+	oneFlow = flows{ends: func(first, _ uint32) ([4]byte, [4]byte, uint16) { return ends(first) }}
+	// oneEndpoint is one socket of a client that sends to a new server each time.
+	oneEndpoint = flows{warm: true, ends: func(first, k uint32) (client, server [4]byte, sport uint16) {
+		client, server, sport = ends(first)
+		server[2], server[3] = byte(k>>8), byte(k)
+		return client, server, sport
+	}}
+	// newEndpoints begins each flow from a socket of its own.
+	newEndpoints = flows{ends: func(_, k uint32) (client, server [4]byte, sport uint16) {
+		client, server, sport = ends(k)
+		client[3] = byte(k)
+		return client, server, sport
+	}}
+)
+
 // Bounds of the loads. The conntrack table holds a multiple of a burst.
 const (
-	burstFlows   = 25000 // UDP flows of one turn
-	burstWindow  = 2048  // datagrams under way: what a gateway's queues hold, not more
-	connections  = 20000 // TCP connections of one turn
-	inFlight     = 64    // TCP connections that are being made
-	givenUp      = 2 * time.Second
-	warmUp       = 100 * time.Millisecond
-	sendmmsgMany = 64
+	burstFlows  = 25000 // UDP flows of one turn
+	burstWindow = 2048  // datagrams under way: what a gateway's queues hold, not more
+	// burstEndpoints fit the external ports of one address many times over.
+	burstEndpoints = 5000
+	connections    = 20000 // TCP connections of one turn
+	inFlight       = 64    // TCP connections that are being made
+	givenUp        = 2 * time.Second
+	warmUp         = 100 * time.Millisecond
+	sendmmsgMany   = 64
 )
 
 // amount is what a measurement has counted.

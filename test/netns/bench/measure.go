@@ -35,9 +35,11 @@ func (s *stand) cases(length time.Duration) []benchCase {
 		return func(l *lane) (amount, error) { return connect(l, p, k, length) }
 	}
 	udp := func(p path) func(*lane) (amount, error) {
-		return func(l *lane) (amount, error) { return datagrams(l, p, burstFlows, length, false) }
+		return func(l *lane) (amount, error) { return datagrams(l, p, burstFlows, length, newFlows) }
 	}
-	packets := func(l *lane) (amount, error) { return datagrams(l, decided, math.MaxInt32, length, true) }
+	packets := func(l *lane) (amount, error) { return datagrams(l, decided, math.MaxInt32, length, oneFlow) }
+	endpoint := func(l *lane) (amount, error) { return datagrams(l, decided, burstFlows, length, oneEndpoint) }
+	endpoints := func(l *lane) (amount, error) { return datagrams(l, decided, burstEndpoints, length, newEndpoints) }
 	const bare, proxy = "nft masquerade", "HAProxy"
 	list := []benchCase{
 		{"(a) kernel flow: throughput", "Gbit/s", bits, 0.95, bare, s.sluice, s.bare, rate(decided)},
@@ -48,12 +50,14 @@ func (s *stand) cases(length time.Duration) []benchCase {
 		{"(c) queued: UDP flows", "1000/s", each, 0.35, bare, s.sluice, s.bare, udp(judged)},
 		{"(d) user path: throughput", "Gbit/s", bits, 0.8, proxy, s.sluice, s.proxy, rate(carried)},
 		{"(d) user path: TCP connections", "1000/s", each, 0.8, proxy, s.sluice, s.proxy, tcp(carried, greet)},
+		{"(e) endpoint-independent mapping: new UDP flows, same endpoint", "1000/s", each, 0, bare, s.mapped, s.bare, endpoint},
+		{"(e) endpoint-independent mapping: new UDP flows, new endpoints", "1000/s", each, 0, bare, s.mapped, s.bare, endpoints},
 	}
 	if s.sluice != nil {
 		return list
 	}
-	// A self-check has nothing that is queued.
-	list = slices.DeleteFunc(list, func(c benchCase) bool { return c.name[:3] == "(c)" })
+	// A self-check has nothing that is queued or mapped.
+	list = slices.DeleteFunc(list, func(c benchCase) bool { return c.name[:3] == "(c)" || c.name[:3] == "(e)" })
 	for i := range list {
 		list[i].expect = selfCheckLeast
 		list[i].of = s.otherBare

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"time"
 	"unsafe"
@@ -10,10 +11,9 @@ import (
 )
 
 // datagrams sends UDP datagrams through a raw socket, many in one call, and
-// counts them where they arrive. With same they are all of one flow, else each
-// begins a flow of its own. It never has more under way than the window: what
-// a gateway's queue cannot hold would be dropped, and dropping is cheap.
-func datagrams(l *lane, p path, n int, length time.Duration, same bool) (a amount, err error) {
+// counts them where they arrive. It never has more under way than the window:
+// what a gateway's queue cannot hold would be dropped, and dropping is cheap.
+func datagrams(l *lane, p path, n int, length time.Duration, of flows) (a amount, err error) {
 	sinkFD := l.servers.sinks[p.port(sink)]
 	err = inside(l.client, func() error {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
@@ -27,6 +27,11 @@ func datagrams(l *lane, p path, n int, length time.Duration, same bool) (a amoun
 		}
 		b := newBatch(p.port(sink))
 		serial := l.next(n + sendmmsgMany)
+		if of.warm {
+			if first, err = b.introduce(fd, serial, of, sinkFD); err != nil {
+				return err
+			}
+		}
 		begun := time.Now()
 		sent, came, moved := 0, 0, begun
 		for {
@@ -52,11 +57,7 @@ func datagrams(l *lane, p path, n int, length time.Duration, same bool) (a amoun
 				rest(50 * time.Microsecond)
 				continue
 			}
-			k := serial
-			if !same {
-				k += uint32(sent)
-			}
-			m, err := b.send(fd, k, same)
+			m, err := b.send(fd, serial, serial+uint32(sent), of, sendmmsgMany)
 			if err != nil {
 				return err
 			}
@@ -98,14 +99,11 @@ func newBatch(port uint16) *batch {
 	return b
 }
 
-// fill addresses the packets to the flows from serial on.
-func (b *batch) fill(serial uint32, same bool) {
+// fill addresses the packets to the flows from k on, of a load that begins with
+// first.
+func (b *batch) fill(first, k uint32, of flows) {
 	for i := range b.packets {
-		k := serial
-		if !same {
-			k += uint32(i)
-		}
-		client, server, sport := ends(k)
+		client, server, sport := of.ends(first, k+uint32(i))
 		p := &b.packets[i]
 		copy(p[12:], client[:])
 		copy(p[16:], server[:])
@@ -114,15 +112,33 @@ func (b *batch) fill(serial uint32, same bool) {
 	}
 }
 
-// send gives the number of datagrams that went out.
-func (b *batch) send(fd int, serial uint32, same bool) (int, error) {
-	b.fill(serial, same)
-	n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.headers)), sendmmsgMany, 0, 0, 0)
+// send gives the number of datagrams that went out, n at most.
+func (b *batch) send(fd int, first, k uint32, of flows, n int) (int, error) {
+	b.fill(first, k, of)
+	m, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.headers)), uintptr(n), 0, 0, 0)
 	switch errno {
 	case 0:
-		return int(n), nil
+		return int(m), nil
 	case unix.EINTR, unix.ENOBUFS:
 		return 0, nil
 	}
 	return 0, fmt.Errorf("send datagrams: %w", errno)
+}
+
+// introduce sends one datagram, waits until it has arrived, and gives the number
+// that has arrived by then.
+func (b *batch) introduce(fd int, first uint32, of flows, sinkFD int) (uint32, error) {
+	before, err := arrived(sinkFD)
+	if err != nil {
+		return 0, err
+	}
+	if _, err := b.send(fd, first, first, of, 1); err != nil {
+		return 0, err
+	}
+	for begun := time.Now(); time.Since(begun) < givenUp; rest(50 * time.Microsecond) {
+		if now, err := arrived(sinkFD); err != nil || now != before {
+			return now, err
+		}
+	}
+	return 0, errors.New("the first datagram did not arrive")
 }

@@ -1,7 +1,6 @@
 package lab
 
 import (
-	"encoding/binary"
 	"errors"
 	"net"
 	"net/netip"
@@ -66,42 +65,34 @@ func (s *STUN) serve(a, p int) {
 			continue
 		}
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
-		x, y, to, code := s.asked(request, a, p, from)
+		x, y, code := asked(request, a, p)
 		answer, err := s.answer(request, code, from, a, p, x, y)
 		if err == nil {
-			_, _ = s.sockets[x][y].WriteToUDPAddrPort(answer.Raw, to)
+			_, _ = s.sockets[x][y].WriteToUDPAddrPort(answer.Raw, from)
 		}
 	}
 }
 
-// asked gives the socket that is to answer a request, where to, and an error
+// asked gives the socket that is to answer a request to socket a, p, and an error
 // code; 0: none.
-func (s *STUN) asked(m *stun.Message, a, p int, from netip.AddrPort) (x, y int, to netip.AddrPort, code stun.ErrorCode) {
-	x, y, to = a, p, from
+func asked(m *stun.Message, a, p int) (x, y int, code stun.ErrorCode) {
+	x, y = a, p
 	for _, attribute := range m.Attributes {
-		switch v := attribute.Value; attribute.Type {
-		case stun.AttrChangeRequest:
-			if len(v) != 4 {
-				return a, p, from, stun.CodeBadRequest
-			}
+		switch v := attribute.Value; {
+		case attribute.Type != stun.AttrChangeRequest && attribute.Type.Required():
+			return a, p, stun.CodeUnknownAttribute
+		case attribute.Type == stun.AttrChangeRequest && len(v) != 4:
+			return a, p, stun.CodeBadRequest
+		case attribute.Type == stun.AttrChangeRequest:
 			if v[3]&changeAddr != 0 {
 				x = 1 - x
 			}
 			if v[3]&changePort != 0 {
 				y = 1 - y
 			}
-		case stun.AttrResponsePort:
-			if len(v) < 2 {
-				return a, p, from, stun.CodeBadRequest
-			}
-			to = netip.AddrPortFrom(from.Addr(), binary.BigEndian.Uint16(v))
-		default:
-			if attribute.Type.Required() {
-				return a, p, from, stun.CodeUnknownAttribute
-			}
 		}
 	}
-	return x, y, to, 0
+	return x, y, 0
 }
 
 // answer builds the answer that socket x, y sends to a request that came to
@@ -112,7 +103,7 @@ func (s *STUN) answer(request *stun.Message, code stun.ErrorCode, from netip.Add
 		if code == stun.CodeUnknownAttribute {
 			var unknown stun.UnknownAttributes
 			for _, attribute := range request.Attributes {
-				if attribute.Type.Required() && attribute.Type != stun.AttrChangeRequest && attribute.Type != stun.AttrResponsePort {
+				if attribute.Type.Required() && attribute.Type != stun.AttrChangeRequest {
 					unknown = append(unknown, attribute.Type)
 				}
 			}
