@@ -56,6 +56,14 @@ type element struct {
 	timeout time.Duration // 0: it stays
 }
 
+// label names the element in an error.
+func (e element) label() string {
+	if e.text == "" {
+		return fmt.Sprintf("%x", append(e.key[:len(e.key):len(e.key)], e.end...))
+	}
+	return e.text
+}
+
 // hook is where a base chain stands.
 type hook struct {
 	typ      nftables.ChainType

@@ -211,7 +211,7 @@ func (t *transaction) elements(typ, flags uint16, s *set, id uint32, elems []ele
 		}
 		what := fmt.Sprintf("%s, element %d to %d", s.label(), first+1, first+n)
 		if n == 1 {
-			what = fmt.Sprintf("%s, element %s", s.label(), elems[first].text)
+			what = fmt.Sprintf("%s, element %s", s.label(), elems[first].label())
 		}
 		t.put(what, typ, flags, append(head[:len(head):len(head)], t.inner(unix.NFTA_SET_ELEM_LIST_ELEMENTS, list...))...)
 		first += n

@@ -14,8 +14,13 @@ import (
 // in the kernel as long as at least one permission holds it. It is what makes
 // two permissions with the same key, and two versions of one, work.
 type holders struct {
-	slots map[slotKey]*held
-	byID  map[uint64][]slotKey
+	slots map[slotKey]packed
+	// shared has who holds a slot where that is more than one, or somebody
+	// beside the one in slots.
+	shared map[slotKey][]holding
+	byID   map[uint64][]slotKey
+	// names has one string for each set, for all keys to share.
+	names map[string]string
 	// touched are the slots that the running transaction changes, with what
 	// was held before.
 	touched map[slotKey]*held
@@ -43,8 +48,7 @@ type lingerer struct {
 // nobody is the ID, which no permission has, under which a slot lingers.
 const nobody = 0
 
-// held is a slot and who holds it. Nearly always that is one permission, and
-// there may be very many of these: hence no map.
+// held is a slot and who holds it.
 type held struct {
 	slot slot
 	by   []holding
@@ -83,7 +87,10 @@ func (h *held) lingersUntil() (until time.Time) {
 }
 
 func newHolders() holders {
-	return holders{slots: map[slotKey]*held{}, byID: map[uint64][]slotKey{}, gates: newGates()}
+	return holders{
+		slots: map[slotKey]packed{}, shared: map[slotKey][]holding{}, byID: map[uint64][]slotKey{},
+		names: map[string]string{}, gates: newGates(),
+	}
 }
 
 // begin starts a transaction; undo takes everything back that was taken since.
@@ -92,11 +99,7 @@ func (h *holders) begin() (undo func()) {
 	h.touchedIDs = map[uint64][]slotKey{}
 	return func() {
 		for k, before := range h.touched {
-			if before == nil {
-				delete(h.slots, k)
-			} else {
-				h.slots[k] = before
-			}
+			h.put(k, before)
 		}
 		for id, keys := range h.touchedIDs {
 			if len(keys) == 0 {
@@ -116,11 +119,7 @@ func (h *holders) touch(k slotKey) {
 	if _, already := h.touched[k]; already {
 		return
 	}
-	h.touched[k] = nil
-	if now := h.slots[k]; now != nil {
-		h.touched[k] = now
-		h.slots[k] = &held{now.slot, slices.Clone(now.by)}
-	}
+	h.touched[k] = h.get(k)
 }
 
 // take makes one change to the record. A permission that is impossible or in
@@ -134,7 +133,7 @@ func (h *holders) take(c *change, now time.Time) {
 	remove := c.remove || err != nil
 	gate := h.gate(slots)
 	for _, s := range slots {
-		held := h.slots[s.at()]
+		held := h.get(s.at())
 		if !remove && (held != nil && !held.slot.same(s) && !held.only(id) || h.overlaps(s, gate, id)) {
 			err, remove = nat.ErrConflict, true
 		}
@@ -146,23 +145,33 @@ func (h *holders) take(c *change, now time.Time) {
 	if !remove {
 		h.gates.open(c.permission, now)
 	}
+	keys := make([]slotKey, 0, len(slots))
 	for _, s := range slots {
 		k := s.at()
+		if h.names[k.set] == "" {
+			h.names[k.set] = k.set
+		}
+		k.set = h.names[k.set]
 		h.touch(k)
 		h.newest[k] = s
 		if remove {
 			continue
 		}
-		if h.slots[k] == nil {
-			h.slots[k] = &held{slot: s}
+		x := h.get(k)
+		if x == nil {
+			x = &held{}
 		}
-		h.slots[k].slot = s
+		x.slot = s
 		var until time.Time
 		if s.elem.timeout > 0 {
 			until = now.Add(s.elem.timeout)
 		}
-		h.slots[k].set(id, until)
-		h.byID[id] = append(h.byID[id], k)
+		x.set(id, until)
+		h.put(k, x)
+		keys = append(keys, k)
+	}
+	if len(keys) > 0 {
+		h.byID[id] = keys
 	}
 }
 
@@ -179,19 +188,18 @@ func (h *holders) releaseAll(id uint64, now time.Time) {
 }
 
 func (h *holders) release(id uint64, k slotKey, now time.Time) {
-	if h.slots[k] == nil {
+	x := h.get(k)
+	if x == nil {
 		return
 	}
 	h.touch(k)
-	h.newest[k] = h.slots[k].slot
-	h.slots[k].unset(id)
-	if d := h.slots[k].slot.lingers; d > 0 && !now.IsZero() {
-		h.slots[k].set(nobody, now.Add(d))
+	h.newest[k] = x.slot
+	x.unset(id)
+	if d := x.slot.lingers; d > 0 && !now.IsZero() {
+		x.set(nobody, now.Add(d))
 		h.lingering = append(h.lingering, lingerer{k, now.Add(d)})
 	}
-	if len(h.slots[k].by) == 0 {
-		delete(h.slots, k)
-	}
+	h.put(k, x)
 }
 
 // withMaps leaves out what would be in the map of a network rule that is not
@@ -216,7 +224,7 @@ func (h *holders) loaded(outMaps map[string]bool) {
 	}
 	for k := range h.slots {
 		if ofNetworkRule(k.set) && !outMaps[k.set] {
-			delete(h.slots, k)
+			h.put(k, nil)
 		}
 	}
 }
@@ -234,14 +242,12 @@ func (h *holders) sweep(now time.Time) {
 	n := 0
 	for ; n < len(h.lingering) && now.After(h.lingering[n].until.Add(time.Second)); n++ {
 		at := h.lingering[n].at
-		held := h.slots[at]
+		held := h.get(at)
 		if held == nil || held.lingersUntil().After(h.lingering[n].until) {
 			continue
 		}
 		held.unset(nobody)
-		if len(held.by) == 0 {
-			delete(h.slots, at)
-		}
+		h.put(at, held)
 	}
 	h.lingering = slices.Delete(h.lingering, 0, n)
 }
@@ -258,7 +264,7 @@ func (h *holders) overlaps(s slot, gate *held, id uint64) bool {
 			continue
 		}
 		for _, k := range h.byID[x.id] {
-			if other := h.slots[k].slot; other.isRange() && k != s.at() &&
+			if other := k.slot(""); other.isRange() && k != s.at() &&
 				bytes.Compare(s.elem.key, other.elem.end) <= 0 && bytes.Compare(other.elem.key, s.elem.end) <= 0 {
 				return true
 			}
@@ -274,7 +280,7 @@ func (h *holders) gate(slots []slot) *held {
 	if at < 0 {
 		return nil
 	}
-	return h.slots[slots[at].at()]
+	return h.get(slots[at].at())
 }
 
 func (h *held) only(id uint64) bool {
@@ -307,11 +313,11 @@ func (h *holders) transaction(now time.Time) *transaction {
 	tx := &transaction{}
 	gone, fresh := map[string][]element{}, map[string][]element{}
 	for _, k := range sortedSlots(h.touched) {
-		before, after := h.touched[k], h.slots[k]
+		before, after := h.touched[k], h.get(k)
 		switch {
 		case before != nil:
 			e := before.slot.elem
-			e.timeout = 0
+			e.text, e.timeout = h.newest[k].elem.text, 0
 			gone[k.set] = append(gone[k.set], e)
 		case h.newest[k].isRange():
 			// It cannot be there beside what is held, see overlaps.
@@ -324,6 +330,7 @@ func (h *holders) transaction(now time.Time) *transaction {
 			continue
 		}
 		if e, ok := after.element(now); ok {
+			e.text = h.newest[k].elem.text
 			fresh[k.set] = append(fresh[k.set], e)
 		}
 	}
@@ -344,11 +351,11 @@ func (h *holders) transaction(now time.Time) *transaction {
 func (t *Table) restore(tx *transaction, old *existing, r Ruleset) int {
 	now, n := time.Now(), 0
 	fresh, outMaps := map[string][]element{}, r.outMapNames()
-	for k, h := range t.holders.slots {
+	for k := range t.holders.slots {
 		if _, there := old.sets[k.set]; there || ofNetworkRule(k.set) && !outMaps[k.set] {
 			continue
 		}
-		if e, ok := h.element(now); ok {
+		if e, ok := t.holders.get(k).element(now); ok {
 			fresh[k.set] = append(fresh[k.set], e)
 			n++
 		}
@@ -386,5 +393,5 @@ func (h *holders) touchedSlots() []slot {
 
 // unheld are those of the slots that nobody holds.
 func (h *holders) unheld(slots []slot) []slot {
-	return slices.DeleteFunc(slots, func(s slot) bool { return h.slots[s.at()] != nil })
+	return slices.DeleteFunc(slots, func(s slot) bool { return h.has(s.at()) })
 }
