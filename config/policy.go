@@ -283,11 +283,14 @@ func (r *reader) rule(item ast.Node, what string, failOpen bool) policy.Rule {
 	names := func(key string, at *[]string) func(ast.Node) {
 		return func(n ast.Node) { *at, _ = r.names(n, what+": "+key) }
 	}
-	r.section(item, what, map[string]func(ast.Node){
+	keys := map[string]func(ast.Node){
 		"name": func(n ast.Node) { rule.Name, _ = r.name(n, what+": name") },
 		"action": func(n ast.Node) {
-			if v, _ := r.choice(n, what+": action", "allow", "deny"); v == "allow" {
+			switch v, _ := r.choice(n, what+": action", "allow", "deny", "publish"); v {
+			case "allow":
 				rule.Action = policy.Allow
+			case "publish":
+				rule.Action = policy.Publish
 			}
 		},
 		"from":      names("from", &rule.From),
@@ -314,9 +317,18 @@ func (r *reader) rule(item ast.Node, what string, failOpen bool) policy.Rule {
 			v, ok := r.boolean(n, what+": log")
 			rule.NoLog = ok && !v
 		},
-	})
-	r.required(item, what, "name", "action", "from", "to", "protocols")
-	if !said && rule.Action == policy.Allow {
+	}
+	publication := policy.Publication{}
+	r.publication(keys, what, &publication)
+	r.section(item, what, keys)
+	if rule.Action == policy.Publish {
+		r.required(item, what, "name", "from", "protocols", "server")
+		rule.Publication = &publication
+	} else {
+		r.required(item, what, "name", "action", "from", "to", "protocols")
+		r.unpublished(item, what)
+	}
+	if !said && rule.Action != policy.Deny {
 		rule.FailOpen = failOpen
 	}
 	return rule

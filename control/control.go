@@ -31,12 +31,13 @@ type Gateway interface {
 	Counters() map[string]uint64
 }
 
-// Rule is an access rule as `gateway rules` shows it.
+// Rule is a rule as `gateway rules` shows it.
 type Rule struct {
 	Name         string   `json:"name"`
 	Action       string   `json:"action"`
 	From         []string `json:"from"`
 	To           []string `json:"to"`
+	Servers      []string `json:"servers,omitempty"` // of a rule that publishes
 	Protocols    []string `json:"protocols"`
 	Users        []string `json:"users,omitempty"` // none: everybody
 	Filters      []string `json:"filters,omitempty"`

@@ -19,6 +19,11 @@ type basis struct {
 	// protocol is the definition by whose name they are asked; empty: by the
 	// ports.
 	protocol string
+	// leads is where a published flow was sent; invalid: it was not published.
+	leads netip.AddrPort
+	// kernel: leads is where the kernel sent a flow that user space never saw,
+	// published or not.
+	kernel bool
 	// user is that of the session; empty: it has none.
 	user string
 }
@@ -33,6 +38,8 @@ type standing struct {
 // basis is what the rules are asked about the connection.
 func (c *connection) basis() basis {
 	switch {
+	case c.published():
+		return basis{tuple: c.tuple, inIface: c.inIface, leads: c.perm.client()}
 	case c.perm != nil:
 		return c.perm.currentBasis()
 	case c.bind != nil:
@@ -55,6 +62,9 @@ func (e *Engine) judge(b basis) (policy.Verdict, error) {
 		v = rules.JudgeProtocol(q, b.protocol)
 	}
 	if v.Class != policy.ClassDrop && v.Class != policy.ClassReject {
+		if b.leads.IsValid() && v.Server != b.leads && (v.Server.IsValid() || !b.kernel) {
+			return v, fmt.Errorf("it leads to %v now: %w", v.Server, filterapi.ErrPolicyDenied)
+		}
 		return v, nil
 	}
 	switch v.Reason {

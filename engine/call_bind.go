@@ -240,6 +240,7 @@ func (s *session) behind(b filterapi.Bind, t terms) (netip.Addr, bool, error) {
 func (s *session) newBind(b filterapi.Bind, t terms, x place, i int, client netip.AddrPort) *permission {
 	p := s.newPermission(t, b.Negotiated)
 	p.Direction = nat.Inbound
+	p.FromGateway = t.primary != nil && t.primary.inbound() && t.primary.perm.FromGateway
 	p.awaiting, p.discarding = x.waiting, b.Flags&filterapi.Discarding != 0
 	p.reach = b.Flags & widerFlags
 	p.OneWay = b.Proto == flow.UDP && b.Flags&filterapi.Bidirectional == 0

@@ -75,9 +75,9 @@ func (s *session) redirections(r filterapi.Redirect) ([]*permission, error) {
 // leaseInside gives the redirections consecutive ports of the address that
 // the gateway has towards the client.
 func (s *session) leaseInside(proto flow.Proto, perms []*permission) (netip.AddrPort, error) {
-	_, inside, _, err := s.e.routes.Lookup(s.addr)
-	if err != nil || !s.plain(inside) {
-		return netip.AddrPort{}, fmt.Errorf("no address of the gateway towards the client: %w", filterapi.ErrNetworkDenied)
+	inside, err := s.towards(perms[0].primary)
+	if err != nil {
+		return netip.AddrPort{}, err
 	}
 	first, err := s.lease(nat.Request{Proto: proto, Addrs: []netip.Addr{inside}, N: len(perms)})
 	if err != nil {

@@ -112,7 +112,7 @@ func (s *session) checkCall(n filterapi.Negotiated, allowed filterapi.Flags, tar
 			return t, err
 		}
 	}
-	if target.IsValid() && !s.joined(n.Proto, target) {
+	if target.IsValid() && !t.primary.answers(target) && !s.joined(n.Proto, target) {
 		return t, filterapi.ErrNetworkDenied
 	}
 	if t.primary == nil || t.protocol != t.primary.protocol {

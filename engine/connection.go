@@ -66,7 +66,8 @@ type connection struct {
 	takeover  *Takeover
 	name      netip.AddrPort // of the external side, once connected
 	peer      netip.AddrPort
-	named     bool // a filter has set name
+	near      netip.AddrPort // of the gateway, where the client of an inbound flow sees that
+	named     bool           // a filter has set name
 	ended     bool
 	severed   bool          // cut, and known to its permission
 	pending   bool          // user space holds the first packet, and its permission knows
@@ -229,7 +230,7 @@ func (c *connection) ExternalPeer() (netip.AddrPort, error) {
 
 // SetIPFilter implements filterapi.Connection.
 func (c *connection) SetIPFilter(f *filterapi.IPFilter) error {
-	if emulated, _ := c.state(); c.bind == nil || emulated {
+	if emulated, _ := c.state(); c.bind == nil || emulated || c.bind.publication != "" {
 		return filterapi.ErrNotSupported
 	}
 	if !suits(f, c.session.addr) {
@@ -282,6 +283,9 @@ func (c *connection) Expiry() (time.Time, bool) {
 
 // Kill implements filterapi.Connection.
 func (c *connection) Kill() {
+	if c.bind != nil && c.bind.publication != "" {
+		return // the administrator opened it
+	}
 	if c.bind != nil {
 		_ = c.e.void(c.bind) // used up or gone: nothing is left to close
 		return

@@ -138,7 +138,11 @@ func (e *Engine) admit(rules *policy.Policy, p flow.Packet) (*connection, *refus
 		if r := refusedByRules(v); r != nil {
 			return c, r
 		}
-		if q.ToGateway && !v.Server.IsValid() {
+		if v.Server.IsValid() {
+			e.admitPublished(c, v)
+			return c, nil
+		}
+		if q.ToGateway {
 			return c, nil // for the gateway itself: its input chain has the last word
 		}
 		if v.Maps(q.Tuple) {
@@ -237,7 +241,7 @@ func (e *Engine) takeOver(c *connection) Decision {
 		t.Dial = Dial{Proto: c.tuple.Proto, Target: c.around.inside.addrPort(), Source: c.source}
 	case c.inbound():
 		t.InitiatorExternal = true
-		t.Dial = Dial{Proto: c.tuple.Proto, Target: c.perm.client(), Source: c.tuple.Src, Transparent: true}
+		t.Dial = e.seen(c)
 	case emulated:
 		t.Emulated = true
 	default:

@@ -77,7 +77,7 @@ func (e *Engine) Disconnect(ctx context.Context, id uint64, kernel []flow.Tuple)
 	}
 	var unknown []flow.Tuple
 	for _, t := range kernel {
-		if !s.private && t.Src.Addr() == s.addr && e.flows.find(t) == nil {
+		if !s.private && (t.Src.Addr() == s.addr || e.leadsTo(t, s.addr)) && e.flows.find(t) == nil {
 			unknown = append(unknown, t)
 		}
 	}

@@ -30,7 +30,11 @@ func (e *Engine) over(c *connection, end flow.End) {
 	if end.Start.After(end.Stop) {
 		end.Start = end.Stop // its end was heard before its beginning
 	}
-	e.record(end, about{rule: c.rule, protocol: c.protocol, session: c.session, secondary: c.secondary, perm: c.perm})
+	a := about{rule: c.rule, protocol: c.protocol, session: c.session, secondary: c.secondary}
+	if !c.published() {
+		a.perm = c.perm
+	}
+	e.record(end, a)
 	if c.done != nil {
 		close(c.done)
 	}

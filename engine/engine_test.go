@@ -302,11 +302,11 @@ func TestRecheckCutsWhatIsNowDenied(t *testing.T) {
 	b := newBench(t, attaching(&probe{}))
 	tk := b.decide(t)
 	kernel := syn("10.0.0.3:1234", control).Tuple
-	if err := b.Recheck(context.Background(), []flow.Tuple{kernel}); err != nil || len(b.kernel.cut) != 0 {
+	if err := b.Recheck(context.Background(), []KernelFlow{{Tuple: kernel}}); err != nil || len(b.kernel.cut) != 0 {
 		t.Fatalf("cut %v under the same policy, %v", b.kernel.cut, err)
 	}
 	b.SetPolicy(testPolicy(t, policy.Deny))
-	if err := b.Recheck(context.Background(), []flow.Tuple{kernel}); err != nil {
+	if err := b.Recheck(context.Background(), []KernelFlow{{Tuple: kernel}}); err != nil {
 		t.Fatal(err)
 	}
 	select {

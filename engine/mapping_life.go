@@ -231,8 +231,8 @@ func (e *Engine) bringBack(m *mapping) {
 // make any more, and has the kernel let in whom they say.
 func (e *Engine) remap() {
 	x := &e.mappings
-	rules := map[string]policy.NetworkRule{}
-	for _, r := range e.Policy().NetworkRules() {
+	rules, inForce := map[string]policy.NetworkRule{}, e.Policy()
+	for _, r := range inForce.NetworkRules() {
 		rules[r.Name] = r
 	}
 	var end, put []*mapping
@@ -241,7 +241,7 @@ func (e *Engine) remap() {
 		r, ok := rules[x.rules[m.rule].name]
 		switch {
 		case m.extra != nil && m.extra.change != nil: // whoever makes it looks at the rules after
-		case !ok || !r.Maps(m.proto) || r.Address.IsValid() && packed(netip.AddrPortFrom(r.Address, 0)).addr != m.external.addr:
+		case !ok || !r.Maps(m.proto) || inForce.PublishedAt(m.proto, m.external.addrPort()) != nil || r.Address.IsValid() && packed(netip.AddrPortFrom(r.Address, 0)).addr != m.external.addr:
 			end = append(end, m)
 		case r.Filtering != m.filtering:
 			m.filtering = r.Filtering

@@ -36,6 +36,7 @@ type permission struct {
 	notify  *hearer         // hears of established flows; nil: nobody
 	context any             // for it
 
+	publication  string        // the rule that publishes; empty: a call made it
 	addressBased bool          // it belongs to the client's address, not to the session
 	deepen       func()        // makes room for a burst at its socket; nil: it has none, or no need
 	gone         chan struct{} // closed when a bind whose end is a socket of the gateway lets nobody in any more; nil: another one

@@ -70,11 +70,14 @@ func (e *Engine) stands(p *permission) bool {
 	if discarding {
 		return true
 	}
+	if e.inTheWay(p) {
+		return false
+	}
 	v, err := e.judge(b)
 	if err != nil || p.Leaves != "" && (v.NetworkRule == nil || v.NetworkRule.Name != p.Leaves) {
 		return false
 	}
-	return p.inbound() || p.session.joined(p.Proto, p.Target)
+	return p.inbound() || p.primary.answers(p.Target) || p.session.joined(p.Proto, p.Target)
 }
 
 // abandon voids what a call that failed has made.
@@ -233,6 +236,10 @@ func (e *Engine) settle(c *connection) {
 	}
 	c.mu.Unlock()
 	e.passed(c)
+	if c.published() {
+		e.leave(c)
+		return
+	}
 	e.unuse(c.perm, stood)
 }
 

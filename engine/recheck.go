@@ -14,16 +14,32 @@ import (
 
 // stillAllowed judges a flow, or what it stands on, by the policy in force.
 func (e *Engine) stillAllowed(c *connection) bool {
-	if c.perm != nil {
+	if c.perm != nil && !c.published() {
 		return e.stands(c.perm)
 	}
 	return e.allowed(c.basis())
 }
 
+// KernelFlow is a living flow that the kernel carries, as conntrack tells it.
+type KernelFlow struct {
+	flow.Tuple
+	Translation flow.Translation
+}
+
+// basis is what the rules are asked about a flow that user space never saw. If
+// they send it to a server, that must be where it goes.
+func (k KernelFlow) basis() basis {
+	b := basis{tuple: k.Tuple, leads: k.Tuple.Dst, kernel: true}
+	if k.Translation.Dst.IsValid() {
+		b.leads = k.Translation.Dst
+	}
+	return b
+}
+
 // Recheck ends what the policy in force no longer allows: flows in user
 // space, the kernel's flows (also those as just dumped from conntrack that
 // user space never saw), and permissions.
-func (e *Engine) Recheck(ctx context.Context, kernel []flow.Tuple) error {
+func (e *Engine) Recheck(ctx context.Context, kernel []KernelFlow) error {
 	e.remap()
 	e.revoke(slices.DeleteFunc(e.perms.all(), e.stands))
 	e.recheckSockets()
@@ -42,9 +58,9 @@ func (e *Engine) Recheck(ctx context.Context, kernel []flow.Tuple) error {
 		}
 	}
 	var cut []flow.Tuple
-	for _, t := range kernel {
-		if e.flows.find(t) == nil && !e.allowed(basis{tuple: t}) && !e.mappedIn(t) {
-			cut = append(cut, t)
+	for _, k := range kernel {
+		if e.flows.find(k.Tuple) == nil && !e.allowed(k.basis()) && !e.mappedIn(k.Tuple) {
+			cut = append(cut, k.Tuple)
 		}
 	}
 	err := e.cutKernel(ctx, known...)
@@ -134,7 +150,7 @@ func (c *connection) info() FlowInfo {
 	if c.rule != nil {
 		i.Rule = c.rule.Name
 	}
-	if c.perm != nil {
+	if c.perm != nil && !c.published() {
 		i.Permission = c.perm.ID
 	}
 	i.Translation = c.translation()

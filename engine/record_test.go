@@ -115,7 +115,7 @@ func TestReportsThatComeLate(t *testing.T) {
 		if got := b.Describe(in, time.Now()); got.Rule != "ftp" || !got.Secondary {
 			t.Errorf("late report: %+v", got)
 		}
-		if err := b.Recheck(context.Background(), []flow.Tuple{in}); err != nil || len(b.kernel.cut) != 0 {
+		if err := b.Recheck(context.Background(), []KernelFlow{{Tuple: in}}); err != nil || len(b.kernel.cut) != 0 {
 			t.Errorf("a reload cut %v, %v", b.kernel.cut, err)
 		}
 		b.KernelEnded(flow.End{Tuple: in, Path: flow.Kernel, Result: flow.Closed})

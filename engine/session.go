@@ -35,6 +35,8 @@ type session struct {
 	peers    map[peerKey][]remembered // data filters for peers of the client's sockets
 
 	perms map[*permission]struct{} // under permissions.mu
+
+	published map[publicationKey]*permission // with living flows; under mu
 }
 
 // attachment is one filter's part in a session. ready is closed when the other

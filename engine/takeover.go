@@ -32,6 +32,9 @@ func (t *Takeover) Connected(name, peer netip.AddrPort) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if t.InitiatorExternal && !t.Dial.Transparent {
+		c.near = name
+	}
 	if t.InitiatorExternal {
 		// The external side is the initiator's leg, whose addresses are known
 		// from its first packet.
@@ -120,6 +123,9 @@ func (c *connection) translation() flow.Translation {
 	}
 	if !c.takeover.InitiatorExternal && !c.emulated && c.name.IsValid() && c.name.Addr() != c.tuple.Src.Addr() {
 		t.Src = c.name
+	}
+	if c.near.IsValid() {
+		t.Src = c.near
 	}
 	return t
 }

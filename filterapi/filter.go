@@ -53,6 +53,11 @@ const (
 // handler returns an error, panics or misses its deadline.
 type FailModer interface{ FailMode() FailMode }
 
+// OutboundOnly is implemented by a filter that understands its protocol only
+// where the client is inside: it returns why. A rule that publishes and names the
+// filter is then an error of the configuration.
+type OutboundOnly interface{ OutboundOnly() string }
+
 // SessionFilter is a filter's part in one session. (IFWXSessionFilter)
 type SessionFilter interface {
 	// HandleEvent is called for each event of the session that the filter is

@@ -1,8 +1,11 @@
 package policy
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
+
+	"github.com/sluicegw/sluice/flow"
 )
 
 // publishedIndex finds the rules that publish.
@@ -155,4 +158,92 @@ func (p *Policy) Seen(client netip.Addr, clientIface string, server netip.Addr, 
 		return nil
 	}
 	return r
+}
+
+// Endpoints are what one rule publishes in one family, by one protocol and range
+// of ports.
+type Endpoints struct {
+	Rule  *Rule
+	Proto flow.Proto
+	// At is where clients go; invalid: every IPv4 address of the gateway.
+	At    netip.Addr
+	Ports PortRange // 0..65535 without ports
+	// Server is where flows to the first of Ports are sent.
+	Server netip.AddrPort
+}
+
+// Published lists what is published, in the order of the rules. What it points to
+// belongs to the Policy.
+func (p *Policy) Published() []Endpoints {
+	var out []Endpoints
+	for n := range p.rules {
+		r := &p.rules[n]
+		if r.Action != Publish {
+			continue
+		}
+		var matches []Match
+		for _, id := range p.ix.ruleProtos[n] {
+			matches = append(matches, p.protocols[id-firstProto].Matches...)
+		}
+		for _, server := range r.Publication.Servers {
+			at := []netip.Addr{server}
+			if server.Is4() {
+				at = r.Publication.Addresses
+			}
+			if len(at) == 0 {
+				at = []netip.Addr{{}}
+			}
+			for _, a := range at {
+				out = append(out, endpoints(r, a, server, spansOf(matches))...)
+			}
+		}
+	}
+	return out
+}
+
+func endpoints(r *Rule, at, server netip.Addr, s spans) []Endpoints {
+	var out []Endpoints
+	add := func(proto flow.Proto, ports PortRange, port uint16) {
+		out = append(out, Endpoints{r, proto, at, ports, netip.AddrPortFrom(server, port)})
+	}
+	for proto, list := range map[flow.Proto][]PortRange{flow.TCP: s.tcp, flow.UDP: s.udp} {
+		for _, ports := range list {
+			first := ports.Lo
+			if r.Publication.ServerPort != 0 && server.Is4() {
+				first = r.Publication.ServerPort
+			}
+			add(proto, ports, first)
+		}
+	}
+	for _, x := range s.other {
+		add(flow.Proto(x.Lo), every, 0)
+	}
+	slices.SortFunc(out, func(a, b Endpoints) int {
+		return cmp.Or(cmp.Compare(a.Proto, b.Proto), compareRanges(a.Ports, b.Ports))
+	})
+	return out
+}
+
+// PublishedAt is the first rule that publishes a port of an IPv4 address of the
+// gateway, to whomever; nil: none does.
+func (p *Policy) PublishedAt(proto flow.Proto, at netip.AddrPort) *Rule {
+	x := &p.ix.published
+	if x.at == nil || !at.Addr().Is4() {
+		return nil
+	}
+	var buf [usualMembers]int32
+	protos := p.ix.protocols.matching(buf[:0], flow.Tuple{Proto: proto, Src: at, Dst: at})
+	first := -1
+	for _, list := range [][]int32{x.at[at.Addr()], x.everywhere} {
+		for _, n := range list {
+			named := slices.ContainsFunc(protos, func(id int32) bool { return slices.Contains(p.ix.ruleProtos[n], id) })
+			if named && p.rules[n].Publication.Server(false).IsValid() && (first < 0 || int(n) < first) {
+				first = int(n)
+			}
+		}
+	}
+	if first < 0 {
+		return nil
+	}
+	return &p.rules[first]
 }

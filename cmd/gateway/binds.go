@@ -18,7 +18,7 @@ func (g *gateway) Binds() []control.Bind {
 	for _, b := range all {
 		out = append(out, control.BindOf(b))
 	}
-	return out
+	return append(out, g.publishedBinds()...)
 }
 
 func bindsCommand() *cobra.Command {

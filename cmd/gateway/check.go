@@ -20,7 +20,7 @@ func checkCommand() *cobra.Command {
 		Short: "check a configuration and print the ruleset that it makes; needs no privileges",
 		Args:  oneArgument("FILE"),
 		RunE: func(_ *cobra.Command, args []string) error {
-			cfg, err := config.Load(args[0], parsers(builtin()))
+			cfg, err := loadConfig(args[0], builtin())
 			if err != nil {
 				return err
 			}

@@ -82,6 +82,9 @@ func (g *gateway) apply(cfg *config.Config, p *policy.Policy) error {
 	if err != nil {
 		return err
 	}
+	if err := checkPublished(p, g.file); err != nil {
+		return err
+	}
 	maps := mapsEndpoints(p)
 	if err := g.watch.Firsts(maps); err != nil {
 		return err
@@ -118,7 +121,7 @@ func (g *gateway) Reload(ctx context.Context) error {
 }
 
 func (g *gateway) reload() error {
-	next, err := config.Load(g.file, parsers(g.filters))
+	next, err := loadConfig(g.file, g.filters)
 	if err != nil {
 		return err
 	}
@@ -143,8 +146,8 @@ func (g *gateway) reload() error {
 func (g *gateway) recheck(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	tuples, err := g.kernelFlows(ctx)
-	return errors.Join(err, g.engine.Recheck(ctx, tuples))
+	flows, err := g.kernelFlows(ctx)
+	return errors.Join(err, g.engine.Recheck(ctx, flows))
 }
 
 // needsRestart names a section that differs and that only a new process can
@@ -194,13 +197,19 @@ func (g *gateway) Rules() []control.Rule {
 			Name: r.Name, Action: "deny", From: r.From, To: r.To, Protocols: r.Protocols, Users: r.Users,
 			NoKernelMode: r.NoKernelMode, Decided: "kernel",
 		}
-		if r.Action == policy.Allow {
+		switch r.Action {
+		case policy.Allow:
 			c.Action = "allow"
+		case policy.Publish:
+			c.Action, c.To = "publish", []string{}
+			for _, a := range r.Publication.Servers {
+				c.Servers = append(c.Servers, a.String())
+			}
 		}
 		for _, f := range r.Filters {
 			c.Filters = append(c.Filters, f.Name)
 		}
-		if len(r.Users) > 0 || r.Action == policy.Allow && (r.NoKernelMode || len(r.Filters) > 0) {
+		if len(r.Users) > 0 || r.Action != policy.Deny && (r.NoKernelMode || len(r.Filters) > 0) {
 			c.Decided = "user space"
 		}
 		out = append(out, c)

@@ -118,7 +118,7 @@ every connection that the kernel still carries. It needs the configuration
 only for marks that were moved.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := config.Load(file, parsers(builtin()))
+			cfg, err := loadConfig(file, builtin())
 			switch {
 			case err != nil && cmd.Flags().Changed("config"):
 				return err

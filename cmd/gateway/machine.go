@@ -44,7 +44,7 @@ func (g *gateway) keepAdmin(ssh string, force bool) error {
 		},
 		InIface: iface, ToGateway: true,
 	})
-	if v.Class == policy.ClassKernel {
+	if v.Class == policy.ClassKernel && !v.Server.IsValid() {
 		return nil
 	}
 	text := fmt.Sprintf("no rule lets %s reach this gateway's port %d, over which you are connected", from, port)

@@ -24,12 +24,16 @@ func buildRuleset(c *config.Config, p *policy.Policy, k kernelFacts) (kernelpath
 	if err != nil {
 		return kernelpath.Ruleset{}, fmt.Errorf("compile the rules: %w", err)
 	}
+	ports := c.Ports.Ranges
+	if ports.Kernel, err = kernelPorts(ports.Kernel, p); err != nil {
+		return kernelpath.Ruleset{}, err
+	}
 	o := kernelpath.Options{
 		Marks: c.Marks.Bits, Native: k.native,
 		FirstClosed: c.Queue.First, NumClosed: c.Queue.Number,
 		FirstOpen: c.Queue.FirstOpen(), NumOpen: c.Queue.Number,
 		TProxyPort: k.tproxyPort, Zone: c.Marks.Zone, LogGroup: c.Marks.LogGroup,
-		ReversePath: kernelpath.ReversePath(c.ReversePath), Ranges: c.Ports.Ranges,
+		ReversePath: kernelpath.ReversePath(c.ReversePath), Ranges: ports,
 	}
 	if k.flowtable && c.Flowtable {
 		o.Flowtable = presentInterfaces(p)

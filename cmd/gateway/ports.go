@@ -7,7 +7,6 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/sluicegw/sluice/nat"
-	"github.com/sluicegw/sluice/userpath"
 )
 
 // allocator makes the one allocator of external ports.
@@ -17,7 +16,7 @@ func (g *gateway) allocator() *nat.Allocator {
 		Leases: p.Leases, WellKnown: p.WellKnown,
 		Quota: int(p.Quota), Quarantine: time.Duration(p.Quarantine) * time.Second,
 		Block: int(p.Block), OnBlock: g.logBlock,
-		Busy: func(e nat.Endpoint) bool { return userpath.PortBusy(e.Proto, e.Addr) }, Now: time.Now,
+		Busy: g.portTaken, Now: time.Now,
 	})
 }
 

@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
-	"github.com/sluicegw/sluice/config"
 	"github.com/sluicegw/sluice/control"
 	"github.com/sluicegw/sluice/engine"
 	"github.com/sluicegw/sluice/flow"
@@ -31,7 +30,7 @@ func runCommand() *cobra.Command {
 		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			filters := builtin()
-			cfg, err := config.Load(file, parsers(filters))
+			cfg, err := loadConfig(file, filters)
 			if err != nil {
 				return err
 			}

@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/sluicegw/sluice/control"
+	"github.com/sluicegw/sluice/engine"
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/kernelpath"
@@ -31,7 +32,11 @@ func (g *gateway) Sessions() []control.Session {
 func (g *gateway) Disconnect(ctx context.Context, id uint64) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 	defer cancel()
-	kernel, err := g.kernelFlows(ctx)
+	living, err := g.kernelFlows(ctx)
+	kernel := make([]flow.Tuple, 0, len(living))
+	for _, f := range living {
+		kernel = append(kernel, f.Tuple)
+	}
 	if err = errors.Join(err, g.engine.Disconnect(ctx, id, kernel)); errors.Is(err, filterapi.ErrNotFound) {
 		return fmt.Errorf("%w: %d", control.ErrNoSession, id)
 	}
@@ -49,7 +54,7 @@ const dumpTries = 3
 
 // kernelFlows are the flows that the kernel carries, as far as it can name
 // them.
-func (g *gateway) kernelFlows(ctx context.Context) ([]flow.Tuple, error) {
+func (g *gateway) kernelFlows(ctx context.Context) ([]engine.KernelFlow, error) {
 	var living []kernelpath.KernelFlow
 	var err error
 	for range dumpTries {
@@ -57,14 +62,14 @@ func (g *gateway) kernelFlows(ctx context.Context) ([]flow.Tuple, error) {
 			break
 		}
 	}
-	tuples := make([]flow.Tuple, 0, len(living))
+	flows := make([]engine.KernelFlow, 0, len(living))
 	for _, f := range living {
-		tuples = append(tuples, f.Tuple)
+		flows = append(flows, engine.KernelFlow{Tuple: f.Tuple, Translation: f.Translation})
 	}
 	if err != nil {
 		err = fmt.Errorf("look at the kernel's flows: %w", err)
 	}
-	return tuples, err
+	return flows, err
 }
 
 func sessionsCommand() *cobra.Command {

@@ -48,6 +48,8 @@ type control struct {
 	conn    filterapi.Connection
 	// protocol is the name by which the rules know the connection.
 	protocol string
+	// published: the server is inside, and the client outside.
+	published bool
 
 	mu       sync.Mutex
 	changed  sync.Cond
@@ -96,6 +98,9 @@ func (c *control) Pump(ctx context.Context, conn filterapi.Connection, internal,
 	c.conn = conn
 	c.client = side{name: "client", sock: internal}
 	c.server = side{name: "server", sock: external}
+	if c.published {
+		c.client.sock, c.server.sock = external, internal
+	}
 	stop := context.AfterFunc(ctx, func() { c.fail(context.Cause(ctx)) })
 	defer stop()
 

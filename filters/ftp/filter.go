@@ -32,11 +32,15 @@ func (f *filter) Name() string { return Name }
 
 func (f *filter) Init(fw filterapi.Firewall) (filterapi.Events, error) {
 	f.log = fw.Logger()
-	return filterapi.Events{Types: filterapi.ConnectTCP}, nil
+	return filterapi.Events{Types: controls}, nil
 }
 
+// controls are the events of control connections: of clients of the inside, and
+// of those of its servers that are published.
+const controls = filterapi.ConnectTCP | filterapi.Accepted
+
 func (f *filter) AttachToSession(s filterapi.Session) (filterapi.SessionFilter, filterapi.Events, error) {
-	return &session{log: f.log, session: s, running: &f.running}, filterapi.Events{Types: filterapi.ConnectTCP}, nil
+	return &session{log: f.log, session: s, running: &f.running}, filterapi.Events{Types: controls}, nil
 }
 
 // Shutdown waits for readers that were called off when Pump gave their
@@ -52,17 +56,26 @@ type session struct {
 }
 
 func (s *session) HandleEvent(_ context.Context, ev filterapi.Event) error {
-	connect, ok := ev.(*filterapi.ConnectEvent)
-	if !ok || connect.Secondary {
+	var about *filterapi.About
+	published := false
+	switch ev := ev.(type) {
+	case *filterapi.ConnectEvent:
+		about = &ev.About
+	case *filterapi.AcceptEvent:
+		about, published = &ev.About, true
+	default:
 		return filterapi.ErrNotSupported
 	}
-	opts, ok := connect.Options.(*options)
+	if about.Secondary {
+		return filterapi.ErrNotSupported
+	}
+	opts, ok := about.Options.(*options)
 	if !ok {
 		opts = &options{}
 	}
 	c := newControl(s.log, s.session, opts, s.running)
-	c.protocol = connect.Protocol
-	if err := connect.Connection.AttachDataFilter(c, filterapi.PriorityNAT); err != nil {
+	c.protocol, c.published = about.Protocol, published
+	if err := about.Connection.AttachDataFilter(c, filterapi.PriorityNAT); err != nil {
 		return fmt.Errorf("attach to control connection: %w", err)
 	}
 	return nil

@@ -17,9 +17,14 @@ import (
 //	                 \--any other-> void                     > used, or void:
 //	PASV, EPSV   asked ---227/229-> allowed for the client -/  next negotiation,
 //	                                                           REIN, end, 60 s
+//
+// For a published server it is the mirror image: PORT is allowed for the server
+// when it hears it, and void with any answer but 2xx; PASV is armed for the
+// client with the server's 227 or 229.
 type negotiation struct {
-	bind   filterapi.Connection // active: the external address
-	action filterapi.Action     // passive: the permission, once it is there
+	bind   filterapi.Connection // the external address, once it is there
+	action filterapi.Action     // the permission, once it is there
+	active bool                 // action is a published server's, for PORT
 }
 
 // cancel voids negotiations; nil ones and those that were used are no error.
@@ -85,6 +90,8 @@ func (c *control) negotiateActive(cmd command) {
 		c.refuse(cmd, "504 "+cmd.verb+" refused by the gateway: the address is not the client's own.")
 	case want.Port() < lowestPort:
 		c.refuse(cmd, "504 "+cmd.verb+" refused by the gateway: ports below 1024 are not allowed.")
+	case c.published:
+		c.promise(cmd, want, format)
 	default:
 		c.reserve(cmd, want, format)
 	}
@@ -212,6 +219,12 @@ func (c *control) settle(x *exchange, line replyLine) []byte {
 		text = c.arm(n)
 	case n.bind != nil:
 		n.bind.Kill()
+	case n.active:
+		if line.code >= 300 {
+			_ = n.action.Cancel() // ErrTerminating: it was used, or has expired
+		}
+	case c.published && (line.code == 227 && x.verb == "PASV" || line.code == 229 && x.verb == "EPSV"):
+		text = c.publish(x, line)
 	case line.code == 227 && x.verb == "PASV", line.code == 229 && x.verb == "EPSV":
 		text = c.allow(x, line)
 	}
@@ -241,15 +254,10 @@ func (c *control) arm(n *negotiation) string {
 // allow lets the client go where the reply to its PASV or EPSV says, and only
 // to its own server.
 func (c *control) allow(x *exchange, line replyLine) string {
-	server := c.conn.Tuple().Dst.Addr()
+	server := c.serverAddr()
 	said, rewritten, err := passiveTarget(line, server)
-	if err != nil {
-		c.log.Warn("passive reply refused", zap.Stringer("flow", c.conn.Tuple()), zap.ByteString("reply", line.raw))
-		return "425 Can't open data connection: the gateway does not understand the server's reply."
-	}
-	if said.Port() < lowestPort {
-		c.log.Warn("passive reply refused: low port", zap.Stringer("flow", c.conn.Tuple()), zap.Stringer("target", said))
-		return "425 Can't open data connection: the gateway allows no ports below 1024."
+	if text := c.refusePassive(line, said, err); text != "" {
+		return text
 	}
 	if rewritten != "" {
 		c.log.Warn("passive reply names another host", zap.Stringer("flow", c.conn.Tuple()), zap.Stringer("target", said))
@@ -262,22 +270,22 @@ func (c *control) allow(x *exchange, line replyLine) string {
 		c.log.Info("data connection refused", zap.Stringer("flow", c.conn.Tuple()), zap.Stringer("target", said), zap.Error(err))
 		return unavailable(err)
 	}
-	if !c.opened(x, action) {
+	if !c.holds(x, func(n *negotiation) { n.action = action }) {
 		// ErrTerminating says that it is void already.
 		_ = action.Cancel()
 	}
 	return rewritten
 }
 
-// opened hands a permission over to the connection. false: filtering has ended
+// holds hands what was opened over to the connection. false: filtering has ended
 // meanwhile.
-func (c *control) opened(x *exchange, a filterapi.Action) bool {
+func (c *control) holds(x *exchange, take func(*negotiation)) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ended || c.released || x.neg == nil {
 		return false
 	}
-	x.neg.action = a
+	take(x.neg)
 	return true
 }
 

@@ -36,6 +36,9 @@ type filter struct {
 
 func (f *filter) Name() string { return Name }
 
+// OutboundOnly implements filterapi.OutboundOnly.
+func (f *filter) OutboundOnly() string { return "its calls begin at telephones of the inside" }
+
 // events is what the filter wants to hear of. Secondary: calls that come in at
 // a registered address, and the media streams, which are cut when their call
 // ends.

@@ -24,6 +24,9 @@ type filter struct{ log *zap.Logger }
 
 func (f *filter) Name() string { return Name }
 
+// OutboundOnly implements filterapi.OutboundOnly.
+func (f *filter) OutboundOnly() string { return "it reads the requests of clients of the inside" }
+
 func (f *filter) Init(fw filterapi.Firewall) (filterapi.Events, error) {
 	f.log = fw.Logger()
 	return filterapi.Events{Types: filterapi.UDPDestination}, nil
