@@ -87,6 +87,21 @@ var bad = []struct {
 	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: p\n  users: [any, any]\n", []string{`11: rule "r": users: user "any" stands there twice`}},
 	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: p\n  users: [any, alice]\n", []string{`11: rule "r": users: unknown user "alice"`}},
 	{frame + "- name: r\n  action: allow\n  from: in\n  to: out\n  protocols: p\n  users: []\n", []string{`11: rule "r": users: names nobody`}},
+	// Rules that publish.
+	{frame + "- {name: r, action: publish, from: out, protocols: p}\n- {name: s, action: publish, from: out, to: in, protocols: [p, any], server: 10.0.0.5, refuse: drop}\n", []string{
+		`6: rule "r": "server" is missing`, `7: rule "s": to: a rule that publishes has a server instead`, `7: rule "s": protocols: what is published must be named`, `7: rule "s": refuse: only a rule that denies refuses`}},
+	{frame + "- name: r\n  action: publish\n  from: out\n  protocols: [ping]\n  server: [10.0.0.5, 10.0.0.6]\n  address: [203.0.113.1, 203.0.113.1, 10.0.0.5, \"::1\"]\n  source: nobody\n", []string{
+		`12: rule "r": source: "nobody" is none of client, gateway`}},
+	{frame + "- name: r\n  action: publish\n  from: out\n  protocols: [ping]\n  server: [10.0.0.5, 10.0.0.6]\n  address: [203.0.113.1, 203.0.113.1, 10.0.0.5, \"::1\"]\n", []string{
+		`9: rule "r": protocols: "ping" has ICMP, which cannot be published`, `10: rule "r": server: a rule has one server of a family at the most`,
+		`11: rule "r": address: 203.0.113.1 stands there twice`, `11: rule "r": address: 10.0.0.5 is the server's own; what needs no translation, a rule that allows lets pass`, `11: rule "r": address: ::1 is no IPv4 address of a host`}},
+	{frame + "- {name: r, action: publish, from: out, protocols: [p, t], server: 10.0.0.5, server_port: 80}\n- {name: s, action: publish, from: out, protocols: [p], server: [10.0.0.5, \"fd00::5\"], server_port: 80}\n- {name: t, action: publish, from: out, protocols: [traceroute], server: 10.0.0.5, server_port: 65500}\n", []string{
+		`6: rule "r": server_port: the rule's protocols have more than one range of ports`, `7: rule "s": server_port: IPv6 is not translated: the port at the server is the published one`,
+		`8: rule "t": server_port: 101 ports do not fit from 65500 on`}},
+	{frame + "- {name: r, action: publish, from: out, protocols: gre, server: 10.0.0.5, source: gateway}\n- {name: s, action: publish, from: out, protocols: p, server: \"fd00::5\", address: 203.0.113.1}\n", []string{
+		`6: rule "r": protocols: only TCP and UDP can show the server the gateway's address`, `7: rule "s": address: an IPv6 server is reached at its own address`}},
+	{frame + "- {name: r, action: allow, from: in, to: out, protocols: p, server: 10.0.0.5, server_port: 0}\n", []string{
+		`6: rule "r": server_port: 0 is not a number from 1 to 65535`, `6: rule "r": server: only a rule with the action publish has it`, `6: rule "r": server_port: only a rule with the action publish has it`}},
 	// Networks.
 	{"networks: [a]\n", []string{"1: networks: want a mapping, got a list"}},
 	{"networks:\n  a:\n", []string{`2: network "a": has neither interfaces nor prefixes`}},
@@ -121,7 +136,7 @@ var bad = []struct {
 	// Rules.
 	{"rules: allow\n", []string{"1: rules: want a list, got text"}},
 	{frame + "- allow\n", []string{"6: rule 1: want a mapping, got text"}},
-	{frame + "- name: r\n  action: permit\n  from: in\n", []string{`6: rule "r": "to" is missing`, `6: rule "r": "protocols" is missing`, `7: rule "r": action: "permit" is none of allow, deny`}},
+	{frame + "- name: r\n  action: permit\n  from: in\n", []string{`6: rule "r": "to" is missing`, `6: rule "r": "protocols" is missing`, `7: rule "r": action: "permit" is none of allow, deny, publish`}},
 	{frame + "- name: r\n  action: allow\n  from:\n  to: []\n  protocols: [p, nix]\n", []string{`8: rule "r": from: names no network`, `9: rule "r": to: names no network`, `10: rule "r": protocols: unknown protocol "nix"`}},
 	{frame + "- name: r\n  action: allow\n  from: [in, gateway]\n  to:\n  - out\n  - nix\n  protocols: p\n", []string{`8: rule "r": from: what the gateway itself sends is not subject to rules`, `11: rule "r": to: unknown network "nix"`}},
 	{frame + "- {name: r, action: allow, from: in, to: out, protocols: p}\n- {name: r, action: allow, from: in, to: out, protocols: p}\n", []string{`7: rule "r": name: is defined twice`}},

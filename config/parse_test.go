@@ -319,3 +319,31 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// A rule that publishes.
+func TestParsePublish(t *testing.T) {
+	c, err := Parse("p.yaml", []byte(frame+`
+- name: www
+  action: publish
+  from: [out, in]
+  address: [203.0.113.1, 203.0.113.2]
+  protocols: http
+  server: 10.0.0.5
+  server_port: 8080
+  source: gateway
+- {name: files, action: publish, from: out, protocols: my-ftp, server: [10.0.0.6, "fd00::6"], filters: {ftp: {}}, fail: open}
+`), known)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := netip.MustParseAddr
+	want := []policy.Rule{
+		{Name: "www", Action: policy.Publish, From: []string{"out", "in"}, Protocols: []string{"http"}, Line: 7, Publication: &policy.Publication{
+			Addresses: []netip.Addr{addr("203.0.113.1"), addr("203.0.113.2")}, Servers: []netip.Addr{addr("10.0.0.5")}, ServerPort: 8080, FromGateway: true}},
+		{Name: "files", Action: policy.Publish, From: []string{"out"}, Protocols: []string{"my-ftp"}, FailOpen: true, Line: 15, Publication: &policy.Publication{
+			Servers: []netip.Addr{addr("10.0.0.6"), addr("fd00::6")}}, Filters: []policy.FilterUse{{Name: "ftp", Options: ftpOptions{ReadOnly: true}}}},
+	}
+	if got := c.Policy.Rules(); !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+}
