@@ -20,7 +20,7 @@ type example struct {
 
 func table() (out []example) {
 	for _, part := range [][]example{negotiatedTable(), futureTable(), redirectTable(), bindTable(), boundTable(), allowTable(), factoryTable(),
-		emulateTable(), handlerTable(), sessionTable(), socketTable()} {
+		emulateTable(), handlerTable(), sessionTable(), socketTable(), explicitTable()} {
 		out = append(out, part...)
 	}
 	return out
