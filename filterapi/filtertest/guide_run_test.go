@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"reflect"
@@ -315,5 +316,70 @@ func TestGuideRest(t *testing.T) {
 	_ = c.Close()
 	if err := <-done; err != nil {
 		t.Errorf("relay: %v", err)
+	}
+}
+
+func TestGuideTunnel(t *testing.T) {
+	p := &puppet{handle: func(filterapi.Connection) error { return nil }}
+	g := filtertest.New(t, p, "")
+	g.Access = func(_ netip.Addr, q filterapi.HostAccess) error {
+		if q.Target.Port() == 23 {
+			return filterapi.ErrPolicyDenied
+		}
+		return nil
+	}
+	remote, err := g.World().Listen(server, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := p.fw.Listen(netip.AddrPortFrom(g.Inside, 1080), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	session, err := p.fw.PrivateSession(client.Addr(), "alice")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer session.Close()
+	for _, target := range []netip.AddrPort{netip.AddrPortFrom(server.Addr(), 23), server} {
+		done := make(chan error, 1)
+		go func() {
+			c, err := own.Accept()
+			if err == nil {
+				err = tunnel(context.Background(), session, c, target)
+			}
+			done <- err
+		}()
+		c, err := g.World().Dial(t.Context(), flow.TCP, netip.AddrPortFrom(client.Addr(), 0), netip.AddrPortFrom(g.Inside, 1080))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if target != server {
+			b := make([]byte, 3)
+			if _, err := io.ReadFull(c, b); err != nil || string(b) != "no\n" {
+				t.Errorf("%q, %v", b, err)
+			}
+			if err := <-done; !errors.Is(err, filterapi.ErrPolicyDenied) {
+				t.Errorf("tunnel: %v", err)
+			}
+			continue
+		}
+		far, err := remote.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := make([]byte, 4)
+		if _, err := io.ReadFull(c, b); err != nil || string(b) != "yes\n" {
+			t.Errorf("%q, %v", b, err)
+		}
+		go func() { _, _ = io.WriteString(c, "through") }()
+		b = make([]byte, 7)
+		if _, err := io.ReadFull(far, b); err != nil || string(b) != "through" {
+			t.Errorf("the far end reads %q, %v", b, err)
+		}
+		_, _ = c.Close(), far.Close()
+		if err := <-done; err != nil {
+			t.Errorf("tunnel: %v", err)
+		}
 	}
 }

@@ -173,3 +173,27 @@ func relay(ctx context.Context, fw filterapi.Firewall, client net.Conn, server n
 	_, err = io.Copy(far, client)
 	return err
 }
+
+// tunnel serves one client that has connected to a socket of the filter's and
+// has asked for a target: what the rules and filters say of it, the client is
+// told, and then the gateway carries the flow.
+func tunnel(ctx context.Context, session filterapi.Session, client net.Conn, target netip.AddrPort) error {
+	from, err := netip.ParseAddrPort(client.RemoteAddr().String())
+	if err != nil {
+		return errors.Join(err, client.Close())
+	}
+	leg, err := session.ConnectForClient(ctx, filterapi.Connect{Client: from, Target: target})
+	if err != nil {
+		_, _ = io.WriteString(client, "no\n") // err says which no
+		return errors.Join(err, client.Close())
+	}
+	if _, err := io.WriteString(client, "yes\n"); err != nil {
+		leg.Close()
+		return errors.Join(err, client.Close())
+	}
+	if err := leg.Carry(client); err != nil { // the connection is the gateway's now
+		return err
+	}
+	<-leg.Done()
+	return nil
+}
