@@ -250,13 +250,7 @@ func (e *Engine) remap() {
 			}
 		}
 	}
-	for _, m := range end {
-		x.outlive(m)
-		if m.flows <= 0 {
-			x.rest(m, e.now())
-		}
-	}
-	e.sweepSoon()
+	e.retire(end)
 	x.mu.Unlock()
 	for _, m := range end {
 		e.closeBind(m)
@@ -272,6 +266,18 @@ func (e *Engine) remap() {
 			e.log.Error("changing who comes in to a mapping failed", zap.Stringer("external", m.external.addrPort()), zap.Error(err))
 		}
 	})
+}
+
+// retire has mappings take nothing new; closeBind and takeOut must follow.
+// mappings.mu is held.
+func (e *Engine) retire(end []*mapping) {
+	for _, m := range end {
+		e.mappings.outlive(m)
+		if m.flows <= 0 {
+			e.mappings.rest(m, e.now())
+		}
+	}
+	e.sweepSoon()
 }
 
 // each does something to mappings, many at a time, so that the kernel gets them

@@ -43,6 +43,7 @@ func (e *Engine) Recheck(ctx context.Context, kernel []KernelFlow) error {
 	e.remap()
 	e.revoke(slices.DeleteFunc(e.perms.all(), e.stands))
 	e.recheckSockets()
+	e.denyMappings(kernel)
 	var known []*connection
 	for _, c := range e.flows.all() {
 		if e.stillAllowed(c) {
