@@ -171,3 +171,20 @@ func TestRate(t *testing.T) {
 		t.Errorf("rate %v, want 200", got)
 	}
 }
+
+func TestSizeRows(t *testing.T) {
+	if got, err := memoryOf("Name:\tgateway\nVmHWM:\t   30000 kB\nVmRSS:\t   20480 kB\n"); err != nil || got != 20<<20 {
+		t.Errorf("%v, %v", got, err)
+	}
+	if _, err := memoryOf("Name:\tgateway\n"); err == nil {
+		t.Error("no memory, and no error")
+	}
+	var b strings.Builder
+	rows := []sizeRow{{"flows", 0.5, "B", 1}, {"new ones", 200, "1000/s", 0}}
+	if !printSizes(&b, rows) || !strings.Contains(b.String(), "| flows | 0.50 B | <= 1.00, met |\n| new ones | 200 1000/s | - |") {
+		t.Error(b.String())
+	}
+	if printSizes(&b, []sizeRow{{"flows", 2, "B", 1}}) || !strings.Contains(b.String(), "**missed**") {
+		t.Error(b.String())
+	}
+}

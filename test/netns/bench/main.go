@@ -33,6 +33,8 @@ type options struct {
 	json      bool
 	strict    bool
 	selfCheck bool
+	size      bool
+	many      bool
 }
 
 func main() {
@@ -44,6 +46,8 @@ func main() {
 	flag.BoolVar(&o.json, "json", false, "print JSON instead of a table")
 	flag.BoolVar(&o.strict, "strict", false, "exit status 1 if an expectation is missed")
 	flag.BoolVar(&o.selfCheck, "self-check", false, "measure the baselines against themselves: every ratio must be near 1")
+	flag.BoolVar(&o.size, "size", false, "measure only what the daemon's memory and speed are when there is much")
+	flag.BoolVar(&o.many, "many", false, "with -size: ten times as much, which takes a minute and 2 GiB of memory")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM, unix.SIGHUP)
 	// Who reads the output may leave early; that must not keep us from cleaning up.
@@ -73,6 +77,9 @@ func run(ctx context.Context, o options) (met bool, err error) {
 		return false, errors.New("needs root, for network namespaces")
 	case o.gateway == "" && !o.selfCheck:
 		return false, errors.New("-gateway is missing: start it as scripts/bench")
+	}
+	if o.size {
+		return sizes(ctx, o)
 	}
 	if err := raiseFileLimit(); err != nil {
 		return false, err
