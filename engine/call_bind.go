@@ -53,11 +53,9 @@ func (s *session) bindForClient(by string, b filterapi.Bind) ([]*connection, err
 	if !s.e.perms.room(s.addr, len(b.Clients), s.e.quota) {
 		return fail(filterapi.ErrQuota)
 	}
-	x, mapped := s.placeOfMapping(b, t)
-	if !mapped {
-		if x, err = s.findPlace(b, t); err != nil {
-			return fail(err)
-		}
+	x, err := s.findPlace(b, t)
+	if err != nil {
+		return fail(err)
 	}
 	x.waiting = waiting
 	perms := make([]*permission, len(b.Clients))
@@ -108,7 +106,6 @@ func (s *session) checkClient(c netip.AddrPort, flags filterapi.Flags) error {
 
 // findPlace leases external ports where some are needed.
 func (s *session) findPlace(b filterapi.Bind, t terms) (place, error) {
-	n, even := len(b.Clients), b.Flags&filterapi.EvenPort != 0
 	addr, port, wish := b.External.Addr(), b.External.Port(), b.Flags&filterapi.Preferred != 0
 	if b.External == (netip.AddrPort{}) || addr.IsUnspecified() && addr.Is4() == s.addr.Is4() {
 		var hidden bool
@@ -119,7 +116,7 @@ func (s *session) findPlace(b filterapi.Bind, t terms) (place, error) {
 		if !hidden {
 			return ownPlace(b)
 		}
-		if s.e.kernelPorts.meets(port, n) {
+		if s.e.kernelPorts.meets(port, len(b.Clients)) {
 			if !wish {
 				return place{}, fmt.Errorf("port %d is the kernel's: %w", port, filterapi.ErrNoPorts)
 			}
@@ -133,13 +130,27 @@ func (s *session) findPlace(b filterapi.Bind, t terms) (place, error) {
 			return place{}, fmt.Errorf("external address %v is not the gateway's: %w", b.External, filterapi.ErrInvalidArgument)
 		}
 	}
+	if r, ok := claimsMapping(b, t); ok {
+		return s.claim(b, r, addr, port)
+	}
+	return s.leaseFor(b, addr, port)
+}
+
+// leaseFor leases the ports of a call at an address: from a certain one on, or
+// with port 0 where there are some.
+func (s *session) leaseFor(b filterapi.Bind, addr netip.Addr, port uint16) (place, error) {
+	n, even, wish := len(b.Clients), b.Flags&filterapi.EvenPort != 0, b.Flags&filterapi.Preferred != 0
 	if port != 0 && !(wish && even && port%2 != 0) {
 		x, err := s.leaseExact(b.Proto, netip.AddrPortFrom(addr, port), n, even)
 		if err == nil || !wish {
 			return x, err
 		}
 	}
-	first, err := s.lease(nat.Request{Proto: b.Proto, Addrs: []netip.Addr{addr}, N: n, Even: even})
+	r := nat.Request{Proto: b.Proto, Addrs: []netip.Addr{addr}, N: n, Even: even}
+	if n == 1 && !even {
+		r.Like = b.Clients[0].Port()
+	}
+	first, err := s.lease(r)
 	if err != nil {
 		return place{}, err
 	}

@@ -299,6 +299,9 @@ func (e *Engine) upstream(c *connection) Dial {
 		if !v.NetworkRule.Address.IsValid() {
 			d.Source = netip.AddrPort{}
 		}
+		if at := e.perms.leavesFrom(v.NetworkRule.Name, to); at.IsValid() && !c.explicit {
+			d.Source = at
+		}
 	}
 	return d
 }

@@ -212,34 +212,6 @@ func (e *Engine) mappedBinds() []PermissionInfo {
 	return out
 }
 
-// placeOfMapping is the place of a bind whose client has a mapping already, and
-// whose flows are to leave from the bind's address: it is that of the mapping,
-// which lives as long as the bind. false: there is none that would do.
-func (s *session) placeOfMapping(b filterapi.Bind, t terms) (place, bool) {
-	r := t.verdict.NetworkRule
-	if b.Flags&filterapi.SameSource == 0 || b.Flags&filterapi.EvenPort != 0 || len(b.Clients) != 1 || !b.Clients[0].Addr().Is4() ||
-		r == nil || t.verdict.Reverse || !r.Maps(b.Proto) {
-		return place{}, false
-	}
-	x := &s.e.mappings
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	m := x.byInside[insideKey{x.numberOf(r.Name), b.Proto, packed(b.Clients[0])}]
-	if m == nil || m.state != mappingLive || m.extra != nil && (m.extra.borrower != nil || m.extra.change != nil) {
-		return place{}, false
-	}
-	at := m.external.addrPort()
-	if a := b.External.Addr(); a.IsValid() && !a.IsUnspecified() && a != at.Addr() {
-		return place{}, false
-	}
-	if p := b.External.Port(); p != 0 && p != at.Port() && b.Flags&filterapi.Preferred == 0 {
-		return place{}, false
-	}
-	m.more().inUser++
-	s.e.count(m, 1)
-	return place{first: at, mapping: m}, true
-}
-
 // lendMapping makes a bind the one that says who may come in to the mapping
 // whose address it borrows.
 func (e *Engine) lendMapping(p *permission) {
@@ -261,9 +233,9 @@ func (e *Engine) regain(p *permission) {
 		return
 	}
 	e.mappings.mu.Lock()
-	own := p.mapping.bind()
+	own, other := p.mapping.bind(), p.mapping.more().borrower != p
 	e.mappings.mu.Unlock()
-	if own == nil {
+	if own == nil || other { // or another one borrows it by now
 		return
 	}
 	own.mu.Lock()

@@ -126,7 +126,8 @@ func (s *permissions) taken(p *permission, client, external netip.AddrPort) bool
 		return false
 	}
 	return slices.ContainsFunc(s.byKey[permKey{proto: p.Proto, dst: external}], func(old *permission) bool {
-		return old != p && (old.session != p.session || old.Client != client) && old.waits() && !old.isEmulated() && old.session.lives()
+		same := old.Client == client && (old.session == p.session || p.borrows && old.mapping == p.mapping)
+		return old != p && !same && old.waits() && !old.isEmulated() && old.session.lives()
 	})
 }
 
