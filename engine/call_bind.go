@@ -141,7 +141,11 @@ func (s *session) findPlace(b filterapi.Bind, t terms) (place, error) {
 func (s *session) leaseFor(b filterapi.Bind, addr netip.Addr, port uint16) (place, error) {
 	n, even, wish := len(b.Clients), b.Flags&filterapi.EvenPort != 0, b.Flags&filterapi.Preferred != 0
 	if port != 0 && !(wish && even && port%2 != 0) {
-		x, err := s.leaseExact(b.Proto, netip.AddrPortFrom(addr, port), n, even)
+		at := netip.AddrPortFrom(addr, port)
+		if x, ok := s.reclaim(b, at); ok {
+			return x, nil
+		}
+		x, err := s.leaseExact(b.Proto, at, n, even)
 		if err == nil || !wish {
 			return x, err
 		}

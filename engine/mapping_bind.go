@@ -194,7 +194,7 @@ func (e *Engine) mappedBinds() []PermissionInfo {
 	defer x.mu.Unlock()
 	out := make([]PermissionInfo, 0, len(x.byExternal))
 	for _, m := range x.byExternal {
-		if b := m.bind(); b != nil && b.waits() || m.rule < 0 {
+		if b := m.bind(); b != nil && b.waits() || m.rule < 0 || m.lent() {
 			continue
 		}
 		i := PermissionInfo{
@@ -210,6 +210,11 @@ func (e *Engine) mappedBinds() []PermissionInfo {
 		out = append(out, i)
 	}
 	return out
+}
+
+// lent says whether a bind says who comes in to a mapping. mappings.mu is held.
+func (m *mapping) lent() bool {
+	return m.extra != nil && m.extra.borrower != nil && m.extra.borrower.waits() && !m.extra.borrower.isDiscarding()
 }
 
 // lendMapping makes a bind the one that says who may come in to the mapping

@@ -81,7 +81,7 @@ func (s *session) claimNew(b filterapi.Bind, r *policy.NetworkRule, key insideKe
 	x.mu.Unlock()
 	at, err := s.leaseFor(b, addr, port)
 	x.mu.Lock()
-	if err == nil {
+	if err == nil && at.mapping == nil {
 		m.external = packed(at.first)
 		x.byExternal[m.externalKey()] = m
 		e.pin(m)
@@ -94,10 +94,31 @@ func (s *session) claimNew(b filterapi.Bind, r *policy.NetworkRule, key insideKe
 	delete(x.byInside, key)
 	e.changed(m)
 	x.mu.Unlock()
+	if at.mapping != nil {
+		return at, nil // it is what was
+	}
 	if at.leased {
 		e.ports.Unlease(b.Proto, at.first)
 	}
 	return place{}, err
+}
+
+// reclaim gives a bind the external address that its client's endpoint has had:
+// flows that began by it live on, after a restart for instance, and keep it from
+// everybody else.
+func (s *session) reclaim(b filterapi.Bind, at netip.AddrPort) (place, bool) {
+	if b.Flags&filterapi.SameSource == 0 || len(b.Clients) != 1 || !at.Addr().Is4() || !b.Clients[0].Addr().Is4() {
+		return place{}, false
+	}
+	x := &s.e.mappings
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	m := x.byExternal[externalKey{b.Proto, packed(at)}]
+	if m == nil || m.state != mappingOutlived || m.inside != packed(b.Clients[0]) || m.extra != nil && (m.extra.change != nil || m.extra.borrower != nil) {
+		return place{}, false
+	}
+	s.e.pin(m)
+	return place{first: at, mapping: m}, true
 }
 
 // pin has a mapping live though nothing flows, until giveMappingBack.

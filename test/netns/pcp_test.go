@@ -36,23 +36,36 @@ func TestPCPMap(t *testing.T) {
 }
 
 // What the host sends from a mapped port leaves from the external one, to
-// whomever.
+// whomever, and whoever carries it.
 func TestPCPSameSource(t *testing.T) {
+	t.Parallel()
+	t.Run("kernel", func(t *testing.T) { sameSource(t, served("")) })
+	t.Run("user", func(t *testing.T) {
+		c := served("")
+		c.Rules = "  - {name: maps, action: allow, from: lan, to: wan, protocols: pcp}\n" +
+			"  - {name: watched, action: allow, from: lan, to: wan, protocols: plain, no_kernel_mode: true}\n"
+		sameSource(t, c)
+	})
+}
+
+func sameSource(t *testing.T, config lab.Config) {
 	eachFamily(t, func(t *testing.T, l *lab.Lab, f family) {
-		s := play(t, l, f, served(""))
+		s := play(t, l, f, config)
 		c := s.pcp(l.Client)
-		peers := []*lab.Peers{l.Srv.EchoUDP(2100), l.Other.EchoUDP(2100)}
-		a := c.maps(pcpAsk{lifetime: 600, nonce: "n", proto: pcpUDP, port: 4002})
-		for i, at := range []netip.Addr{s.srv, s.other} {
-			out, err := l.Client.DialFrom(t.Context(), "udp", to(s.client, 4002), to(at, 2100).String())
-			if err != nil {
-				t.Fatal(err)
+		peers := map[string][]*lab.Peers{"udp": {l.Srv.EchoUDP(2100), l.Other.EchoUDP(2100)}, "tcp": {l.Srv.EchoTCP(2100), l.Other.EchoTCP(2100)}}
+		for proto, number := range map[string]byte{"udp": pcpUDP, "tcp": pcpTCP} {
+			a := c.maps(pcpAsk{lifetime: 600, nonce: "n", proto: number, port: 4002})
+			for i, at := range []netip.Addr{s.srv, s.other} {
+				out, err := l.Client.DialFrom(t.Context(), proto, to(s.client, 4002), to(at, 2100).String())
+				if err != nil {
+					t.Fatal(err)
+				}
+				l.OnClose(func() { _ = out.Close() })
+				echo(t, out, "from the mapped port")
+				if got := peers[proto][i].Addrs(); len(got) != 1 || got[0] != a.external {
+					t.Errorf("%s %s saw %v, mapped was %v", proto, at, got, a.external)
+				}
 			}
-			echo(t, out, "from the mapped port")
-			if got := peers[i].Addrs(); len(got) != 1 || got[0] != a.external {
-				t.Errorf("%s saw %v, mapped was %v", at, got, a.external)
-			}
-			_ = out.Close()
 		}
 	})
 }
@@ -190,7 +203,7 @@ func TestPCPSuggested(t *testing.T) {
 			second.gets(pcpCannotProvide, pcpMap, ask, "that address or none")
 		}
 		// A port for services, and one of the kernel's own.
-		for _, port := range []int{22, 20000} {
+		for _, port := range []int{22, 10001} {
 			ask := pcpAsk{lifetime: 600, nonce: "n", proto: pcpUDP, port: 4001, suggested: to(s.any(), port), options: pcpPreferFailure}
 			c.gets(pcpCannotProvide, pcpMap, ask, "a port that is not to be had")
 		}
