@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -36,7 +37,7 @@ type socket struct {
 	conn    filterapi.PacketConn
 	at      netip.Addr
 	iface   string
-	sources *filterapi.IPFilter
+	sources atomic.Pointer[filterapi.IPFilter]
 	done    chan struct{}
 	once    sync.Once
 }
@@ -90,12 +91,12 @@ func (k *keeper) look(ctx context.Context) {
 			k.s.log.Info("serves no more", zap.Stringer("at", at))
 			continue
 		}
-		if !places[i].sources.Equal(x.sources) {
+		if !places[i].sources.Equal(x.sources.Load()) {
 			if err := x.conn.SetIPFilter(places[i].sources); err != nil {
 				k.complain("change who may ask", at, err)
 				continue
 			}
-			x.sources = places[i].sources
+			x.sources.Store(places[i].sources)
 		}
 	}
 	fresh := false
@@ -182,7 +183,8 @@ func (k *keeper) listen(p place) bool {
 		k.complain("listen", p.at, err)
 		return false
 	}
-	x := &socket{conn: conn, at: p.at, iface: p.iface, sources: p.sources, done: make(chan struct{})}
+	x := &socket{conn: conn, at: p.at, iface: p.iface, done: make(chan struct{})}
+	x.sources.Store(p.sources)
 	k.open[p.at] = x
 	k.s.log.Info("serves", zap.Stringer("at", p.at), zap.String("interface", p.iface))
 	go func() {
@@ -234,7 +236,7 @@ func (s *Server) read(x *socket) {
 			continue
 		}
 		peer := netip.AddrPortFrom(to.AddrPort().Addr().Unmap().WithZone(""), to.AddrPort().Port())
-		if x.at == peer.Addr() || !s.serving().serves(peer.Addr()) {
+		if x.at == peer.Addr() || !x.sources.Load().Includes(peer.Addr()) || !s.serving().serves(peer.Addr()) {
 			continue
 		}
 		s.hand(job{from: peer, text: slices.Clone(b[:n]), reply: func(answer []byte) {

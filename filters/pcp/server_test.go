@@ -292,19 +292,23 @@ func TestAddresses(t *testing.T) {
 		defer news.Close()
 		one := s.client("10.0.0.2")
 		one.must(success, wants{flow.TCP, 5000, 600, 1, nil}, "served")
-		s.addrs = []netip.Prefix{netip.MustParsePrefix("10.0.0.9/24")}
-		time.Sleep(2 * lookEvery)
+		change := func(what func()) { // while nobody looks
+			synctest.Wait()
+			what()
+			s.s.Configure(usual())
+			synctest.Wait()
+		}
+		change(func() { s.addrs = []netip.Prefix{netip.MustParsePrefix("10.0.0.9/24")} })
 		if out := one.ask(announcement(0)[:headerSize]); out != nil {
 			t.Errorf("the old address answers %x", out)
 		}
 		one.at = netip.MustParseAddrPort("10.0.0.9:5351")
-		s.g.Own = append(s.g.Own, one.at.Addr())
-		time.Sleep(2 * lookEvery)
+		change(func() { s.g.Own = append(s.g.Own, one.at.Addr()) })
 		one.must(success, wants{flow.TCP, 5000, 600, 1, nil}, "the new address answers")
 		// Another external address: what was is over.
 		time.Sleep(5 * time.Minute)
 		drain(news)
-		s.g.External = netip.MustParseAddr("203.0.113.7")
+		change(func() { s.g.External = netip.MustParseAddr("203.0.113.7") })
 		time.Sleep(5 * time.Minute)
 		synctest.Wait()
 		told := drain(news)
