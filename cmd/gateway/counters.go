@@ -3,6 +3,8 @@ package main
 import (
 	"fmt"
 	"maps"
+
+	"github.com/sluicegw/sluice/filters/pcp"
 )
 
 // Counters implements control.Gateway.
@@ -29,6 +31,15 @@ func (g *gateway) Counters() map[string]uint64 {
 	})
 	mappings := g.engine.Mappings()
 	m["mappings.living"], m["mappings.flows"] = uint64(mappings.Living), uint64(mappings.Flows)
+	for _, f := range g.filters {
+		if s, ok := f.(*pcp.Server); ok {
+			c := s.Counters()
+			maps.Copy(m, map[string]uint64{
+				"pcp.requests": c.Requests, "pcp.lost": c.Lost, "pcp.granted": c.Granted, "pcp.denied": c.Denied, "pcp.over_quota": c.Quota,
+				"pcp.exhausted": c.Exhausted, "pcp.failed": c.Failed, "pcp.bad": c.Bad, "pcp.mappings": c.Mappings,
+			})
+		}
+	}
 	for _, d := range q.Queues {
 		m[fmt.Sprintf("queue.%d.depth", d.Number)] = uint64(d.Depth)
 		m[fmt.Sprintf("queue.%d.full", d.Number)] = d.Full

@@ -57,6 +57,16 @@ var meanings = map[string]string{
 	"ports.over_quota": "requests for a port refused: the client had all that one may have",
 	"ports.exhausted":  "requests for a port refused: none was left",
 
+	"pcp.requests":   "datagrams of hosts that are served by PCP and NAT-PMP",
+	"pcp.lost":       "of these, dropped: too many waited",
+	"pcp.granted":    "mappings made, renewed or given back",
+	"pcp.denied":     "requests denied by the rules, by a filter, or for another's mapping",
+	"pcp.over_quota": "requests refused: the host had all that one may have",
+	"pcp.exhausted":  "requests refused: no port was left, or not the one that was insisted on",
+	"pcp.failed":     "requests that failed: the kernel has refused, or nothing tells the external address",
+	"pcp.bad":        "requests that could not be read, or ask for what nobody can give",
+	"pcp.mappings":   "mappings now",
+
 	"reports.losses": "times that reports of denials and permissions were lost",
 }
 

@@ -24,16 +24,19 @@ func (h *host) answer(b []byte) []byte {
 	case b[0] == natpmpVersion && h.config.NATPMP && h.addr.Is4():
 		return h.answerPMP(b)
 	case b[0] != version:
+		h.s.counts.note(unsuppVersion)
 		return refusal(b, unsuppVersion, h.s.epoch())
 	}
 	r, res := parse(b, h.addr)
-	if res != success {
-		return refusal(b, res, h.s.epoch())
-	}
-	if r.opcode == opAnnounce {
+	if res == success && r.opcode == opAnnounce {
 		return announcement(h.s.epoch())
 	}
-	lifetime, external, res := h.ask(r)
+	var lifetime uint32
+	var external netip.AddrPort
+	if res == success {
+		lifetime, external, res = h.ask(r)
+	}
+	h.s.counts.note(res)
 	if res != success {
 		return refusal(b, res, h.s.epoch())
 	}
@@ -277,14 +280,17 @@ func (h *host) answerPMP(b []byte) []byte {
 		return pmpExternal(external, pmpSuccess, h.s.epoch())
 	case pmpUDP, pmpTCP:
 	default:
+		h.s.counts.note(unsuppOpcode)
 		return pmpUnsupported(b, h.s.epoch())
 	}
 	r, ok := parsePMP(b)
 	if !ok {
+		h.s.counts.note(malformedRequest)
 		return nil // no request to map, and no error says so
 	}
 	if r.lifetime == 0 {
 		_, res := h.unmap([]flow.Proto{r.proto}, r.internal, nonce{}, true)
+		h.s.counts.note(res)
 		return pmpGrant(b, pmpCode(res), h.s.epoch(), 0, 0)
 	}
 	ask := request{
@@ -292,5 +298,6 @@ func (h *host) answerPMP(b []byte) []byte {
 		suggested: netip.AddrPortFrom(netip.IPv4Unspecified(), r.external),
 	}
 	lifetime, external, res := h.mapping(endpoint{r.proto, r.internal}, ask, nil, true)
+	h.s.counts.note(res)
 	return pmpGrant(b, pmpCode(res), h.s.epoch(), external.Port(), lifetime)
 }

@@ -75,6 +75,7 @@ type Server struct {
 	wake   chan struct{}
 	since  atomic.Pointer[time.Time] // when the state of mappings began
 
+	counts  counts
 	workers []*worker
 	mine    sync.Map // session ID -> its *host
 	binds   sync.Map // filterapi.Connection -> its *mapping
@@ -194,6 +195,7 @@ type job struct {
 // hand gives a request to the worker of its host; a full one loses it.
 func (s *Server) hand(j job) {
 	a := j.from.Addr().As16()
+	s.counts.requests.Add(1)
 	sum := 0
 	for _, x := range a {
 		sum = sum*31 + int(x)
@@ -201,6 +203,7 @@ func (s *Server) hand(j job) {
 	select {
 	case s.workers[uint(sum)%workers].jobs <- j:
 	default:
+		s.counts.lost.Add(1)
 	}
 }
 

@@ -95,10 +95,16 @@ func (h *host) forget() {
 	}
 }
 
+// drop takes a mapping off the list.
+func (h *host) drop(at endpoint) {
+	delete(h.mappings, at)
+	h.s.counts.mappings.Add(-1)
+}
+
 // end ends one mapping. Connections that it has let in go on.
 func (h *host) end(at endpoint) {
 	m := h.mappings[at]
-	delete(h.mappings, at)
+	h.drop(at)
 	h.s.binds.Delete(m.bind)
 	m.bind.Kill()
 	h.s.log.Info("mapping ended", zap.Stringer("client", h.addr), zap.Stringer("proto", at.proto),
@@ -111,7 +117,7 @@ func (h *host) tidy(now time.Time) {
 	for at, m := range h.mappings {
 		if ended || m.over.Load() {
 			h.s.binds.Delete(m.bind)
-			delete(h.mappings, at)
+			h.drop(at)
 			continue
 		}
 		if !m.expire(now) {
@@ -145,7 +151,7 @@ func (h *host) find(at endpoint) *mapping {
 	if m == nil || !m.over.Load() {
 		return m
 	}
-	delete(h.mappings, at)
+	h.drop(at)
 	return nil
 }
 
@@ -263,6 +269,7 @@ func (h *host) make(at endpoint, m *mapping, wish uint16, exact bool) result {
 		return h.failed(err, exact)
 	}
 	h.mappings[at] = m
+	h.s.counts.mappings.Add(1)
 	h.s.log.Info("mapping made", zap.Stringer("client", h.addr), zap.Stringer("proto", at.proto),
 		zap.Uint16("port", at.port), zap.Stringer("external", m.external), zap.Time("until", until))
 	return success

@@ -140,6 +140,9 @@ func TestQuota(t *testing.T) {
 		}
 		s.g.Quota = 5 // of the gateway, for all that a client has
 		two.must(success, wants{flow.TCP, 5001, 600, 1, nil}, "within it")
+		if c := s.s.Counters(); c.Quota != 1 || c.Mappings != 6 || c.Granted != 8 {
+			t.Errorf("counters %+v", c)
+		}
 		s.g.Quota = 2
 		two.must(userExQuota, wants{flow.TCP, 5002, 600, 1, nil}, "beyond it")
 	})

@@ -171,6 +171,11 @@ func TestPCPExhausted(t *testing.T) {
 		t.Errorf("mapped to %v, before %v", again.external, a.external)
 	}
 	s.dial(l.Srv, a.external)
+	var counters map[string]uint64
+	s.g.JSON(&counters, "counters")
+	if counters["pcp.exhausted"] != 1 || counters["pcp.mappings"] != 2 || counters["pcp.granted"] != 3 {
+		t.Errorf("counters %v", counters)
+	}
 }
 
 // A restart of the gateway loses the mappings: hosts are told by multicast, the
