@@ -40,8 +40,9 @@ var (
 const (
 	burstFlows  = 25000 // UDP flows of one turn
 	burstWindow = 2048  // datagrams under way: what a gateway's queues hold, not more
-	// burstEndpoints fit the external ports of one address many times over.
-	burstEndpoints = 5000
+	// burstEndpoints is less, because every one has an external port until some
+	// seconds after the turn.
+	burstEndpoints = 1500
 	connections    = 20000 // TCP connections of one turn
 	inFlight       = 64    // TCP connections that are being made
 	givenUp        = 2 * time.Second
