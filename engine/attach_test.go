@@ -58,6 +58,10 @@ func (u *fakeUser) Receive(t *Takeover, conn net.Conn) (Joint, error) {
 	return fakeJoint{t}, nil
 }
 
+func (u *fakeUser) Filter(*Takeover, netip.AddrPort, func([]byte), func([]byte)) Duct {
+	panic("no data filter holds the datagrams of these tests")
+}
+
 // fakeJoint is a flow that waits for its client.
 type fakeJoint struct{ t *Takeover }
 

@@ -1,9 +1,11 @@
 package engine
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,6 +20,7 @@ type datagrams interface {
 	io.Closer
 	ReadFromUDPAddrPort(b []byte) (int, netip.AddrPort, error)
 	WriteToUDPAddrPort(b []byte, to netip.AddrPort) (int, error)
+	SetReadDeadline(time.Time) error
 }
 
 // maxPeers bounds the peers of one socket, those included that were denied.
@@ -32,6 +35,8 @@ type udpPeers struct {
 	deciding sync.Mutex // one new peer at a time: filters may be slow
 	mu       sync.Mutex
 	m        map[netip.AddrPort]*udpPeer // nil: closed
+
+	filtered passedOn // what data filters let pass to the client
 }
 
 // udpPeer is one of them, or the memory that it was denied.
@@ -39,6 +44,7 @@ type udpPeer struct {
 	c    *connection
 	t    *Takeover
 	last atomic.Int64 // when it carried something, in Unix nanoseconds
+	duct Duct         // nil: no data filter holds its datagrams
 
 	denied error          // and nothing else is set, but
 	rules  *policy.Policy // by which
@@ -72,7 +78,18 @@ func (x *udpPeers) stale(p *udpPeer) bool {
 	return x.engine().now().UnixNano()-p.last.Load() > int64(x.engine().idle)
 }
 
-func (p *udpPeer) killed() bool { return p.t.isCut() }
+// killed says whether the flow was cut, or its data filters have ended it.
+func (p *udpPeer) killed() bool {
+	if p.duct == nil {
+		return p.t.isCut()
+	}
+	select {
+	case <-p.duct.Over():
+		return true
+	default:
+		return p.t.isCut()
+	}
+}
 
 // keep remembers a peer; false: the socket is closed.
 func (x *udpPeers) keep(a netip.AddrPort, p *udpPeer) (old *udpPeer, kept bool) {
@@ -117,11 +134,20 @@ func (p *udpPeer) over() {
 	if p.c.inbound() {
 		n = flow.Counts{OutPackets: n.InPackets, OutBytes: n.InBytes, InPackets: n.OutPackets, InBytes: n.OutBytes}
 	}
-	if p.killed() {
-		p.t.Ended(n, flow.CutByPolicy, "killed")
+	result, reason := flow.Closed, ""
+	if p.t.isCut() {
+		result, reason = flow.CutByPolicy, "killed"
+	}
+	if p.duct == nil {
+		p.t.Ended(n, result, reason)
 		return
 	}
-	p.t.Ended(n, flow.Closed, "")
+	p.c.e.tasks.run(func() { // the filters may take a moment
+		if r, why := p.duct.Close(); result == flow.Closed {
+			result, reason = r, why
+		}
+		p.t.Ended(n, result, reason)
+	})
 }
 
 // sweep ends what was killed and what is idle, until the socket is closed.
@@ -183,7 +209,9 @@ func (x *udpPeers) send(b []byte, to netip.AddrPort) error {
 	if p.denied != nil {
 		return p.denied
 	}
-	if _, err := x.l.packets.WriteToUDPAddrPort(b, to); err != nil {
+	if p.duct != nil {
+		p.duct.FromClient(b)
+	} else if _, err := x.l.packets.WriteToUDPAddrPort(b, to); err != nil {
 		return fmt.Errorf("send datagram: %w", err)
 	}
 	p.last.Store(x.engine().now().UnixNano())
@@ -237,6 +265,11 @@ func (x *udpPeers) begin(c *connection, far netip.AddrPort, rules *policy.Policy
 	}
 	p := &udpPeer{c: c, t: t}
 	t.Connected(x.l.p.External, far)
+	if len(t.Chain) > 0 {
+		p.duct = x.engine().user.Filter(t, far, func(b []byte) { x.toClient(b, far) }, func(b []byte) {
+			_, _ = x.l.packets.WriteToUDPAddrPort(b, far) // lost, as on any path
+		})
+	}
 	old, kept := x.keep(far, p)
 	if !kept {
 		p.over()
@@ -251,7 +284,14 @@ func (x *udpPeers) begin(c *connection, far netip.AddrPort, rules *policy.Policy
 // recv is ClientListener.Recv.
 func (x *udpPeers) recv(b []byte) (int, netip.AddrPort, error) {
 	for {
+		if n, from, ok := x.filtered.take(b); ok {
+			return n, from, nil
+		}
 		n, from, err := x.l.packets.ReadFromUDPAddrPort(b)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			x.filtered.heard(x.l.packets)
+			continue
+		}
 		if err != nil {
 			select {
 			case <-x.l.p.gone:
@@ -276,7 +316,10 @@ func (x *udpPeers) recv(b []byte) (int, netip.AddrPort, error) {
 		p.got.Add(1)
 		p.gotBytes.Add(uint64(n))
 		p.t.Established()
-		return n, from, nil
+		if p.duct == nil {
+			return n, from, nil
+		}
+		p.duct.FromPeer(b[:n])
 	}
 }
 

@@ -54,6 +54,24 @@ type User interface {
 	// Listen, and whose far end has a connection to the gateway. It owns the
 	// takeover and conn.
 	Receive(t *Takeover, conn net.Conn) (Joint, error)
+	// Filter has the data filters of a takeover hold the datagrams of one peer,
+	// which the caller receives and sends, and whose end the caller reports. What
+	// they let pass is given to toClient and toPeer, which may be called at any
+	// time, also at the same time, and do not keep it. far is the peer.
+	Filter(t *Takeover, far netip.AddrPort, toClient, toPeer func([]byte)) Duct
+}
+
+// Duct is what data filters make of the datagrams of one peer.
+type Duct interface {
+	// FromClient and FromPeer take a datagram in; it is copied, and lost where
+	// the filters do not keep up.
+	FromClient(b []byte)
+	FromPeer(b []byte)
+	// Over is closed when the filters have ended the flow, or it was killed.
+	Over() <-chan struct{}
+	// Close ends it, and returns when the filters have, or have taken too long:
+	// what became of the flow, and why.
+	Close() (flow.Result, string)
 }
 
 // Joint is a TCP flow that has one end and waits for the other, half a minute

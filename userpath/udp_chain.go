@@ -12,6 +12,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/sluicegw/sluice/engine"
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
 )
@@ -31,7 +32,16 @@ const udpFilterGrace = 2 * time.Second
 // batch that its socket was read with: whose it is, is known only then.
 type udpChain struct {
 	u       *UDP
-	f       *udpFlow
+	links   []engine.Link
+	conn    func() filterapi.Connection // of the flow
+	tuple   flow.Tuple
+	far     netip.AddrPort  // the external side's address
+	buffer  int             // bytes of one datagram
+	ctx     context.Context // over with the flow
+	kill    <-chan struct{}
+	end     func(flow.Result, string) // ends the flow
+	empty   func()                    // all filters have dropped out
+	last    *udpFlow                  // where the last filter emulates the external side; nil: nobody counts
 	outward []*udpLink
 	inward  []*udpLink
 	client  udpHop // the network on the client's side
@@ -44,8 +54,12 @@ type udpChain struct {
 }
 
 func newUDPChain(u *UDP, f *udpFlow) *udpChain {
-	c := &udpChain{u: u, f: f}
-	c.small, c.medium, c.large = u.buffers.of(udpSmall), u.buffers.of(udpMedium), u.buffers.of(f.buffer)
+	c := &udpChain{
+		u: u, links: f.udpRequest.chain, conn: f.control.Conn, tuple: f.tuple, far: f.far(), buffer: f.udpRequest.buffer,
+		ctx: f.ctx, kill: f.kill, last: f,
+		end:   func(r flow.Result, reason string) { u.end(f, r, reason) },
+		empty: func() { f.chain.Store(nil) },
+	}
 	initiator, target := &udpNetwork{u, f, udpInward}, &udpNetwork{u, f, udpOutward}
 	c.client, c.network = initiator, target
 	if f.external {
@@ -54,12 +68,18 @@ func newUDPChain(u *UDP, f *udpFlow) *udpChain {
 	if f.emulated {
 		c.network = nil
 	}
-	for range f.udpRequest.chain {
-		c.outward = append(c.outward, newUDPLink(u, f.buffer, f.burst))
-		c.inward = append(c.inward, newUDPLink(u, f.buffer, f.burst))
+	c.connect(f.burst)
+	return c
+}
+
+// connect makes what is between the filters.
+func (c *udpChain) connect(burst bool) {
+	c.small, c.medium, c.large = c.u.buffers.of(udpSmall), c.u.buffers.of(udpMedium), c.u.buffers.of(c.buffer)
+	for range c.links {
+		c.outward = append(c.outward, newUDPLink(c.u, c.buffer, burst))
+		c.inward = append(c.inward, newUDPLink(c.u, c.buffer, burst))
 	}
 	c.holding.Store(int32(len(c.outward)))
-	return c
 }
 
 // The sizes of the buffers that smaller datagrams wait in: a burst of tiny ones
@@ -69,21 +89,21 @@ const (
 	udpMedium = 2048
 )
 
-// buffer copies a datagram.
-func (c *udpChain) buffer(data []byte) *filterapi.Buffer {
+// copied is a datagram in a buffer of its own.
+func (c *udpChain) copied(data []byte) *filterapi.Buffer {
 	var b *filterapi.Buffer
 	switch n := len(data); {
-	case n > c.f.buffer: // filters have let go of the flow, and one is about to
+	case n > c.buffer: // filters have let go of the flow, and one is about to
 		b = filterapi.NewBuffer(make([]byte, n), nil)
-	case n <= udpSmall && udpSmall < c.f.buffer:
+	case n <= udpSmall && udpSmall < c.buffer:
 		b = c.small.get()
-	case n <= udpMedium && udpMedium < c.f.buffer:
+	case n <= udpMedium && udpMedium < c.buffer:
 		b = c.medium.get()
 	default:
 		b = c.large.get()
 	}
 	b.Data = b.Data[:copy(b.Data, data)]
-	b.Addr = c.f.far()
+	b.Addr = c.far
 	return b
 }
 
@@ -109,16 +129,16 @@ func (n *udpNetwork) push(b *filterapi.Buffer) {
 func (n *udpNetwork) shut() {}
 
 // enter takes a datagram from the network into the chain. data is copied.
-func (c *udpChain) enter(dir udpDirection, data []byte) {
+func (c *udpChain) enter(fromClient bool, data []byte) {
 	first := c.outward[0]
-	if (dir == udpOutward) == c.f.external {
+	if !fromClient {
 		first = c.inward[len(c.inward)-1]
 	}
 	if len(data) > first.max && c.holding.Load() > 0 {
 		c.u.stats.oversize.Add(1)
 		return
 	}
-	first.push(c.buffer(data))
+	first.push(c.copied(data))
 }
 
 func (c *udpChain) start() {
@@ -132,9 +152,9 @@ func (c *udpChain) start() {
 	// A kill ends the flow at once, not with the next sweep.
 	c.u.background(func() {
 		select {
-		case <-c.f.kill:
-			c.u.end(c.f, flow.CutByPolicy, "")
-		case <-c.f.ctx.Done():
+		case <-c.kill:
+			c.end(flow.CutByPolicy, "")
+		case <-c.ctx.Done():
 		}
 	})
 }
@@ -151,19 +171,19 @@ func (c *udpChain) wait() {
 	select {
 	case <-returned:
 	case <-grace.C:
-		c.u.log.Warn("data filter goes on after the end of its flow", zap.Stringer("flow", c.f.tuple))
+		c.u.log.Warn("data filter goes on after the end of its flow", zap.Stringer("flow", c.tuple))
 	}
 }
 
 // run is one data filter's goroutine.
 func (c *udpChain) run(i int) {
-	name := c.f.udpRequest.chain[i].Name
+	name := c.links[i].Name
 	toClient, toNetwork := c.around(i)
-	internal, external := &udpEnd{ctx: c.f.ctx, far: c.f.far(), in: c.outward[i], out: toClient}, revocable(nil)
+	internal, external := &udpEnd{ctx: c.ctx, far: c.far, in: c.outward[i], out: toClient}, revocable(nil)
 	if toNetwork != nil {
-		external = &udpEnd{ctx: c.f.ctx, far: c.f.far(), in: c.inward[i], out: toNetwork}
+		external = &udpEnd{ctx: c.ctx, far: c.far, in: c.inward[i], out: toNetwork}
 	} else {
-		internal.last = c.f // what is received here goes no further
+		internal.last = c.last // what is received here goes no further
 	}
 	in, out := newFilterSockets(internal, external, &c.u.buffers)
 	err := c.pump(i, in, out.external())
@@ -171,20 +191,20 @@ func (c *udpChain) run(i int) {
 		err = errNothingToRelease
 	}
 	switch {
-	case c.f.ctx.Err() != nil:
+	case c.ctx.Err() != nil:
 	case err == nil:
-		c.u.end(c.f, flow.Closed, "")
+		c.end(flow.Closed, "")
 	case errors.Is(err, filterapi.ErrReleased):
 		c.dropOut(i, in, out)
 	default:
 		c.u.log.Warn("data filter ended its flow", zap.String("filter", name),
-			zap.Stringer("flow", c.f.tuple), zap.Error(err))
-		c.u.end(c.f, flow.Failed, fmt.Sprintf("filter %s: %v", name, err))
+			zap.Stringer("flow", c.tuple), zap.Error(err))
+		c.end(flow.Failed, fmt.Sprintf("filter %s: %v", name, err))
 	}
 }
 
 func (c *udpChain) pump(i int, internal, external filterapi.Socket) (err error) {
-	link := c.f.udpRequest.chain[i]
+	link := c.links[i]
 	defer func() {
 		if r := recover(); r != nil {
 			c.u.log.Error("panic in data filter", zap.String("filter", link.Name), zap.Any("panic", r),
@@ -192,7 +212,7 @@ func (c *udpChain) pump(i int, internal, external filterapi.Socket) (err error) 
 			err = fmt.Errorf("panic: %v", r)
 		}
 	}()
-	return link.Filter.Pump(c.f.ctx, c.f.control.Conn(), internal, external)
+	return link.Filter.Pump(c.ctx, c.conn(), internal, external)
 }
 
 // around gives what filter i sends to, on the client's side and on the
@@ -216,14 +236,14 @@ func (c *udpChain) dropOut(i int, in, out *filterSocket) {
 	toClient, toNetwork := c.around(i)
 	var back sync.WaitGroup
 	back.Go(func() {
-		out.quiet(c.f.ctx.Done(), c.u.log)
+		out.quiet(c.ctx.Done(), c.u.log)
 		c.inward[i].passTo(toClient)
 	})
-	in.quiet(c.f.ctx.Done(), c.u.log)
+	in.quiet(c.ctx.Done(), c.u.log)
 	c.outward[i].passTo(toNetwork)
 	back.Wait()
 	if c.holding.Add(-1) == 0 {
-		c.f.chain.Store(nil)
+		c.empty()
 	}
 }
 

@@ -146,7 +146,7 @@ func (u *UDP) carry(f *udpFlow, dir udpDirection, data []byte, out *udpOut, now 
 	f.last.Store(now)
 	if c := f.chain.Load(); c != nil {
 		out.flush()
-		c.enter(dir, data)
+		c.enter(dir == f.fromClient(), data)
 		return
 	}
 	out.add(f, dir, data)

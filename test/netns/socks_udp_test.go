@@ -177,3 +177,39 @@ func TestB27SocksAssociateFromPeers(t *testing.T) {
 		}
 	})
 }
+
+// B31, B34, B35 for UDP: a data filter holds the datagrams of a peer, in both
+// directions, gives the flow back, or plays the peer.
+func TestB34SocksAssociateFiltered(t *testing.T) {
+	eachSocksBind(t, socksConfig(openly), func(s *scene) {
+		s.Other.EchoUDP(7)
+		a := s.associate()
+		s.p.Must("on", lab.ProbeArgs{Kind: "UDPDestination", Do: "attach", Mode: "upper"})
+		a.say(socksAddress(to(s.srv, 7)), "filtered")
+		a.hears(to(s.srv, 7), "FILTERED")
+		e := s.p.Await(3*time.Second, kindTo("UDPDestination", to(s.srv, 7).String()))
+		lab.Eventually(s.t, 3*time.Second, "the data filter saw both directions", func() bool {
+			return filtered(s.p, e.Conn, "internal") == "filtered" && filtered(s.p, e.Conn, "external") == "FILTERED"
+		})
+		s.on("UDPDestination", "pass")
+		a.say(socksAddress(to(s.other, 7)), "not filtered")
+		a.hears(to(s.other, 7), "not filtered")
+		s.p.Must("release", lab.ProbeArgs{Conn: e.Conn})
+		s.p.Await(3*time.Second, func(x lab.ProbeEvent) bool { return x.Kind == "PumpEnd" && x.Conn == e.Conn })
+		a.say(socksAddress(to(s.srv, 7)), "given back")
+		a.hears(to(s.srv, 7), "given back")
+
+		s.p.Must("on", lab.ProbeArgs{Kind: "UDPDestination", Do: "emulate", Mode: "echo"})
+		seen := s.Srv.Capture()
+		a.say(socksAddress(to(s.nobody, 7)), "played")
+		a.hears(to(s.nobody, 7), "played")
+		if n := len(lab.Select(seen.Stop(), lab.UDPTo(to(s.nobody, 7)))); n != 0 {
+			s.t.Errorf("%d datagrams left the gateway", n)
+		}
+		played := s.p.Await(3*time.Second, kindTo("UDPDestination", to(s.nobody, 7).String()))
+		s.p.Must("kill", lab.ProbeArgs{Conn: played.Conn})
+		s.p.Await(5*time.Second, func(x lab.ProbeEvent) bool { return x.Kind == "Terminating" && x.Conn == played.Conn })
+		_ = a.control.Close()
+		s.p.Await(5*time.Second, func(x lab.ProbeEvent) bool { return x.Kind == "Terminating" && x.Conn == e.Conn })
+	})
+}
