@@ -91,7 +91,7 @@ func (b *udpBatch) recv(fd int) (int, error) {
 		h.SetControllen(udpControlLen)
 	}
 	for {
-		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.msgs[0])),
+		n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.msgs[0])),
 			udpBatchLen, unix.MSG_DONTWAIT, 0, 0)
 		switch errno {
 		case 0:
@@ -149,6 +149,7 @@ type udpOut struct {
 	iov   [udpBatchLen]unix.Iovec
 	flows [udpBatchLen]*udpFlow
 	send  func(fd uintptr) // made once, or every flush would allocate it
+	one   udpMany
 }
 
 func newUDPOut(u *UDP) *udpOut {
@@ -202,35 +203,6 @@ func (o *udpOut) flush() {
 		o.flows[i], o.iov[i].Base, o.msgs[i].hdr.Name = nil, nil, nil
 	}
 	o.n, o.sock = 0, nil
-}
-
-// udpSendRetries is how often a datagram is sent again after an error: an
-// ICMP error that waits on the socket is reported once in place of whatever
-// is sent next (and its story is in the error queue).
-const udpSendRetries = 3
-
-func (o *udpOut) sendAll(fd uintptr) {
-	retries := 0
-	for at := 0; at < o.n; {
-		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&o.msgs[at])),
-			uintptr(o.n-at), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, 0, 0)
-		switch {
-		case errno == 0:
-			at += int(n)
-			retries = 0
-		case errno == unix.EINTR:
-		case errno == unix.EAGAIN || errno == unix.ENOBUFS || errno == unix.ENOMEM:
-			o.lost(at)
-			at++
-		case retries < udpSendRetries:
-			retries++
-		default:
-			o.lost(at)
-			o.u.sendFailed(o.flows[at], o.dir, errno, unsafe.Slice(o.iov[at].Base, o.iov[at].Len))
-			retries = 0
-			at++
-		}
-	}
 }
 
 // lost takes the count of a datagram back that was not sent.

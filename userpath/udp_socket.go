@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -17,6 +18,8 @@ type udpSocket struct {
 	file  *os.File
 	raw   syscall.RawConn
 	local netip.AddrPort
+	// apart: datagrams must go one by one.
+	apart atomic.Bool
 }
 
 func (s *udpSocket) close() { _ = s.file.Close() }

@@ -14,6 +14,8 @@ type stand struct {
 	lanes []*lane
 
 	sluice, bare, proxy *lane
+	// relay passes datagrams in user space.
+	relay *lane
 	// mapped is Sluice with endpoint-independent mapping.
 	mapped *lane
 	// other* take Sluice's place in a self-check.
@@ -39,6 +41,9 @@ func newStand(ctx context.Context, o options) (*stand, error) {
 			return s, err
 		}
 		s.otherProxy, err = s.lane("haproxy again", haproxy)
+		return s, err
+	}
+	if s.relay, err = s.lane("relay", func(l *lane) error { return s.startRelay(ctx, l) }); err != nil {
 		return s, err
 	}
 	if s.sluice, err = s.lane("sluice", func(l *lane) error { return s.startSluice(ctx, l, o.gateway, gatewayConfig) }); err != nil {
@@ -113,14 +118,19 @@ backend destination
 	server original 0.0.0.0:0
 `
 
+// divert has packets with the mark 1 reach this host.
+func divert(l *lane) error {
+	if err := command("ip", "-n", l.gw, "rule", "add", "fwmark", "1", "lookup", "100"); err != nil {
+		return err
+	}
+	return command("ip", "-n", l.gw, "route", "add", "local", "default", "dev", "lo", "table", "100")
+}
+
 func (s *stand) startHAProxy(ctx context.Context, l *lane) error {
 	if err := commandInput(proxyRules, "ip", "netns", "exec", l.gw, "nft", "-f", "-"); err != nil {
 		return err
 	}
-	if err := command("ip", "-n", l.gw, "rule", "add", "fwmark", "1", "lookup", "100"); err != nil {
-		return err
-	}
-	if err := command("ip", "-n", l.gw, "route", "add", "local", "default", "dev", "lo", "table", "100"); err != nil {
+	if err := divert(l); err != nil {
 		return err
 	}
 	path := filepath.Join(s.dir, "haproxy-"+l.gw+".cfg")
@@ -144,7 +154,7 @@ network_rules:
 protocols:
   decided: {tcp: 5000-5099, udp: 5000-5099}
   judged: {tcp: 5100-5199, udp: 5100-5199, filter: probe}
-  carried: {tcp: 5200-5299}
+  carried: {tcp: 5200-5299, udp: 5200-5299}
 rules:
   - {name: kernel, action: allow, from: lan, to: wan, protocols: decided}
   - {name: queued, action: allow, from: lan, to: wan, protocols: judged, filters: {probe: {}}}

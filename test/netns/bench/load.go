@@ -14,6 +14,8 @@ type flows struct {
 	ends func(first, k uint32) (client, server [4]byte, sport uint16)
 	// warm: the first flow stands before the others begin.
 	warm bool
+	// window bounds the datagrams under way; 0: burstWindow.
+	window int
 }
 
 var (
@@ -22,6 +24,9 @@ var (
 	newFlows = flows{ends: func(_, k uint32) ([4]byte, [4]byte, uint16) { return ends(k) }}
 	// oneFlow is the same for all.
 	oneFlow = flows{ends: func(first, _ uint32) ([4]byte, [4]byte, uint16) { return ends(first) }}
+	// oneKnownFlow is one that stands; the socket that carries it in user space
+	// has room for as many datagrams.
+	oneKnownFlow = flows{ends: oneFlow.ends, warm: true, window: 1024}
 	// oneEndpoint is one socket of a client that sends to a new server each time.
 	oneEndpoint = flows{warm: true, ends: func(first, k uint32) (client, server [4]byte, sport uint16) {
 		client, server, sport = ends(first)

@@ -48,7 +48,12 @@ func main() {
 	flag.BoolVar(&o.selfCheck, "self-check", false, "measure the baselines against themselves: every ratio must be near 1")
 	flag.BoolVar(&o.size, "size", false, "measure only what the daemon's memory and speed are when there is much")
 	flag.BoolVar(&o.many, "many", false, "with -size: ten times as much, which takes a minute and 2 GiB of memory")
+	asRelay := flag.Bool("relay", false, "for the bench's own use")
 	flag.Parse()
+	if *asRelay {
+		fmt.Fprintln(os.Stderr, "bench: "+relay().Error())
+		os.Exit(2)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM, unix.SIGHUP)
 	// Who reads the output may leave early; that must not keep us from cleaning up.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)

@@ -38,6 +38,7 @@ func (s *stand) cases(length time.Duration) []benchCase {
 		return func(l *lane) (amount, error) { return datagrams(l, p, burstFlows, length, newFlows) }
 	}
 	packets := func(l *lane) (amount, error) { return datagrams(l, decided, math.MaxInt32, length, oneFlow) }
+	passed := func(l *lane) (amount, error) { return datagrams(l, carried, math.MaxInt32, length, oneKnownFlow) }
 	endpoint := func(l *lane) (amount, error) { return datagrams(l, decided, burstFlows, length, oneEndpoint) }
 	endpoints := func(l *lane) (amount, error) { return datagrams(l, decided, burstEndpoints, length, newEndpoints) }
 	const bare, proxy = "nft masquerade", "HAProxy"
@@ -50,6 +51,7 @@ func (s *stand) cases(length time.Duration) []benchCase {
 		{"(c) queued: UDP flows", "1000/s", each, 0.35, bare, s.sluice, s.bare, udp(judged)},
 		{"(d) user path: throughput", "Gbit/s", bits, 0.8, proxy, s.sluice, s.proxy, rate(carried)},
 		{"(d) user path: TCP connections", "1000/s", each, 0.8, proxy, s.sluice, s.proxy, tcp(carried, greet)},
+		{"(d) user path: UDP packets of one flow", "1000/s", each, 0.8, "recvmmsg and sendmmsg", s.sluice, s.relay, passed},
 		{"(e) endpoint-independent mapping: new UDP flows, same endpoint", "1000/s", each, 0, bare, s.mapped, s.bare, endpoint},
 		{"(e) endpoint-independent mapping: new UDP flows, new endpoints", "1000/s", each, 0, bare, s.mapped, s.bare, endpoints},
 	}

@@ -32,6 +32,10 @@ func datagrams(l *lane, p path, n int, length time.Duration, of flows) (a amount
 				return err
 			}
 		}
+		window := burstWindow
+		if of.window > 0 {
+			window = of.window
+		}
 		begun := time.Now()
 		sent, came, moved := 0, 0, begun
 		for {
@@ -53,7 +57,7 @@ func datagrams(l *lane, p path, n int, length time.Duration, of flows) (a amount
 				}
 				a = amount{float64(came), moved.Sub(begun)}
 				return nil
-			case over || sent-came > burstWindow-sendmmsgMany:
+			case over || sent-came > window-sendmmsgMany:
 				rest(50 * time.Microsecond)
 				continue
 			}
@@ -72,7 +76,8 @@ const packetSize = 20 + 8 + 18 // IPv4, UDP, the smallest frame's payload
 // mmsghdr is recvmmsg(2)'s.
 type mmsghdr struct {
 	hdr unix.Msghdr
-	_   [8]byte // what was sent, and padding
+	n   uint32 // bytes that were sent or received
+	_   [4]byte
 }
 
 // batch is what one sendmmsg takes.
