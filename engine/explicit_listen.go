@@ -13,7 +13,9 @@ import (
 	"github.com/sluicegw/sluice/nat"
 )
 
-const listenFlags = bindFlags &^ filterapi.EvenPort
+// listenFlags: a socket is no pair, and what its client sends leaves from it in
+// any case.
+const listenFlags = bindFlags &^ (filterapi.EvenPort | filterapi.SameSource)
 
 // listenForClient is ListenForClient, called by a filter.
 func (s *session) listenForClient(r *registered, b filterapi.Bind) (filterapi.ClientListener, error) {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"os"
 	"sync"
@@ -104,9 +105,14 @@ func (x *udpPeers) keep(a netip.AddrPort, p *udpPeer) (old *udpPeer, kept bool) 
 	return old, true
 }
 
+// full says whether there is no room for one more. Those that were denied give
+// way.
 func (x *udpPeers) full() bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	if len(x.m) >= maxPeers {
+		maps.DeleteFunc(x.m, func(_ netip.AddrPort, p *udpPeer) bool { return p.denied != nil })
+	}
 	return len(x.m) >= maxPeers
 }
 

@@ -200,8 +200,9 @@ type Session interface {
 	// gateway's. Clients is one address: where the client asked from, or, while
 	// nobody can say that yet, the zero value, which waits for SetClientAddress.
 	// With Discarding the bind never fails because of the rules, and discards.
-	// The caller closes the result. Events, flags and errors are those of
-	// BindForClient; ErrNotSupported: the session is not private.
+	// The caller closes the result. Events and errors are those of
+	// BindForClient, and so are the flags, but for EvenPort and SameSource;
+	// ErrNotSupported: the session is not private.
 	ListenForClient(Bind) (ClientListener, error)
 
 	// EmulateClientBind makes a bind that a filter emulates: the events of a

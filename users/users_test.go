@@ -11,11 +11,11 @@ import (
 
 func hash(t *testing.T, password string) string {
 	t.Helper()
-	h, err := Hash(password)
+	h, err := bcrypt.GenerateFromPassword([]byte(password), minCost)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return h
+	return string(h)
 }
 
 func TestWhoKnowsThePasswordIsTheUser(t *testing.T) {
@@ -53,7 +53,10 @@ func TestWhoKnowsThePasswordIsTheUser(t *testing.T) {
 }
 
 func TestHashes(t *testing.T) {
-	good := hash(t, "x")
+	good, err := Hash("x")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for text, ok := range map[string]bool{
 		good: true, "": false, "secret": false, good[:20]: false,
 		strings.Replace(good, "$10$", "$04$", 1): false, strings.Replace(good, "$10$", "$20$", 1): false,

@@ -41,8 +41,13 @@ func (g *gateway) serveSocks() {
 	if err == nil {
 		err = f.Configure(s)
 	}
-	if err != nil {
+	switch {
+	case err != nil:
 		g.log.Error("SOCKS is not served everywhere", zap.Error(err))
+	case len(g.cfg.Socks.Networks) > 0 && len(s.Listen) == 0:
+		g.log.Warn("SOCKS is served nowhere: the gateway has no address in the networks", zap.Strings("networks", g.cfg.Socks.Networks))
+	case len(s.Listen) > 0:
+		g.log.Info("SOCKS is served", zap.Stringers("at", s.Listen))
 	}
 }
 

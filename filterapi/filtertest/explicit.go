@@ -160,7 +160,7 @@ func (s *session) ListenForClient(b filterapi.Bind) (filterapi.ClientListener, e
 	if !s.private {
 		return fail(filterapi.ErrNotSupported)
 	}
-	if len(b.Clients) != 1 || b.Flags&filterapi.EvenPort != 0 || !suits(b.IPFilter, s.addr) || !g.goodBind(s, b.External, b.Flags) {
+	if len(b.Clients) != 1 || b.Flags&(filterapi.EvenPort|filterapi.SameSource) != 0 || !suits(b.IPFilter, s.addr) || !g.goodBind(s, b.External, b.Flags) {
 		return fail(filterapi.ErrInvalidArgument)
 	}
 	n := b.Negotiated
