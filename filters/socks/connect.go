@@ -41,6 +41,7 @@ func (c *client) carry(q request, leg filterapi.Leg, a netip.AddrPort) {
 		return
 	}
 	if err := leg.Carry(c.conn); err != nil {
+		leg.Close()
 		c.f.log.Debug("not carried", zap.Stringer("client", c.at), zap.Stringer("target", q.target), zap.Error(err))
 		return
 	}

@@ -190,3 +190,22 @@ func TestSocksApprovedBind(t *testing.T) {
 		s.reads(k, "comes")
 	})
 }
+
+// A gateway that is told to stop does, whatever SOCKS clients are at.
+func TestSocksStop(t *testing.T) {
+	eachSocksBind(t, socksConfig(openly), func(s *scene) {
+		k := s.must5(s.Client, "", socksConnect, to(s.srv, 7))
+		echo(s.t, k, "carried")
+		s.bound5(to(s.any(), 0))
+		s.must5(s.Client, "", socksAssociate, to(s.any(), 0))
+		half := s.Client.MustDial("tcp", s.socksAt().String(), 5*time.Second)
+		mustWrite(s.t, half, "\x05")
+		if status := s.g.Stop(); status != 0 {
+			s.t.Errorf("status %d\n%s", status, s.g.Output)
+		}
+		s.isReset(k, "the client")
+		if strings.Contains(s.g.Output.String(), "panic") {
+			s.t.Errorf("log:\n%s", s.g.Output)
+		}
+	})
+}
