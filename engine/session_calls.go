@@ -116,6 +116,15 @@ func (s *session) HostAccessCheck(a filterapi.HostAccess) error {
 	if a.Protocol == "" && (!t.Proto.HasPorts() || t.Dst.Port() == 0) {
 		return fmt.Errorf("host access check of %v %v: %w", a.Proto, a.Target, filterapi.ErrInvalidArgument)
 	}
+	if a.Publishing {
+		if t.Dst.Addr().IsUnspecified() {
+			return fmt.Errorf("host access check of %v: %w", a.Target, filterapi.ErrInvalidArgument)
+		}
+		if err := s.publishes(a); err != nil {
+			return fmt.Errorf("publishing check of %v: %w", a.Target, err)
+		}
+		return nil
+	}
 	if t.Dst.Addr().IsUnspecified() {
 		if a.Protocol == "" {
 			return fmt.Errorf("host access check of %v: %w", a.Target, filterapi.ErrInvalidArgument)

@@ -94,7 +94,7 @@
 //	    FWX_SESSION_TERMINATED            SessionTerminated
 //	  HostAccessCheck                     Session.HostAccessCheck, HostAccess
 //	    FWX_FLAG_USE_MIME, FWX_FLAG_USE_EXTENTION     absent (6)
-//	    FWX_FLAG_CHECK_PUBLISHING         absent (7)
+//	    FWX_FLAG_CHECK_PUBLISHING         HostAccess.Publishing
 //	  none                                Session.ExternalAddr
 //	  AttachFilter                        Session.AttachFilter, by name
 //	  CreateNetworkSocket                 Session.Network
@@ -122,7 +122,7 @@
 //	FWX_FLAG_ALLOW_ADDRESSES_IN_NETWORK   ToSameNetwork
 //	FWX_FLAG_ALLOW_ADDRESSES_ALL          ToAll
 //	DefaultAllowedAddressesIn...          none: without a flag, that very host
-//	FWX_FLAG_PROXY_MODE                   absent (7)
+//	FWX_FLAG_PROXY_MODE                   none needed (7)
 //	none                                  EvenPort, Discarding, Preferred, SameSource
 //	IFWXSessionFilter                     SessionFilter
 //	  FirewallEventHandler                SessionFilter.HandleEvent
@@ -240,9 +240,8 @@
 //     library, and runs it over the connections of Network.
 //  5. Only an agent on the client told it.
 //  6. Rules have no content types.
-//  7. These belong to publishing, the rules for servers inside, which are not
-//     there yet; they come with it. InternalAddressTranslation is there for
-//     binds that a filter emulates.
+//  7. What a primary connection's InternalAddressTranslation says holds for what
+//     is negotiated on it, without a flag.
 //  8. The kernel's default serves. What can be set on a socket is set through
 //     net.
 //  9. The rules are asked before filters are, and no filter allows what they

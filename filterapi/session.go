@@ -337,6 +337,10 @@ type HostAccess struct {
 	Target netip.AddrPort
 	// Proto with Target's port stands for an empty Protocol.
 	Proto flow.Proto
+	// Publishing asks the other way round: whether a rule that publishes lets
+	// Target come to the session's client, by Protocol, or at the published port
+	// that stands in Target. Target is then one host.
+	Publishing bool
 }
 
 // Action is a permission that waits for its use. (IFWXFirewallAction)

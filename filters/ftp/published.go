@@ -27,7 +27,9 @@ func (c *control) serverAddr() netip.Addr {
 // promise lets the server connect to the client, once, before it hears the
 // command: it may do so as soon as it has. A server that sees the gateway's
 // address instead of the client's is given an address of the gateway, for many
-// servers take no other than their peer's.
+// servers take no other than their peer's. That is another one each time, so that
+// a client which names the same port again would meet the rest of the last
+// connection if its source were the same, too.
 func (c *control) promise(cmd command, client netip.AddrPort, format func(netip.AddrPort) string) {
 	x := &exchange{verb: cmd.verb, neg: &negotiation{active: true}}
 	c.lockSuperseded(x)
@@ -39,14 +41,14 @@ func (c *control) promise(cmd command, client netip.AddrPort, format func(netip.
 		var inside netip.AddrPort
 		var actions []filterapi.Action
 		inside, actions, err = c.session.RedirectConnections(filterapi.Redirect{
-			Negotiated: n, Targets: []netip.AddrPort{client}, External: c.dataName(),
+			Negotiated: n, Targets: []netip.AddrPort{client}, External: c.dataName(false),
 		})
 		if err == nil {
 			x.neg.action = actions[0]
 			line = []byte(cmd.verb + " " + format(inside) + "\r\n")
 		}
 	} else {
-		x.neg.action, err = c.session.AllowFutureConnect(filterapi.FutureConnect{Negotiated: n, Target: client, External: c.dataName()})
+		x.neg.action, err = c.session.AllowFutureConnect(filterapi.FutureConnect{Negotiated: n, Target: client, External: c.dataName(true)})
 	}
 	if err != nil {
 		x.neg.action = nil
@@ -58,17 +60,18 @@ func (c *control) promise(cmd command, client netip.AddrPort, format func(netip.
 }
 
 // dataName is where the server's data connections are seen to come from: the
-// port before that of the control connection (RFC 959, 3.2) of the address that
-// stands for it. The zero value: nothing stands for it.
-func (c *control) dataName() netip.AddrPort {
+// address that stands for it, and its usual port, the one before that of the
+// control connection (RFC 959, 3.2), or any. The zero value: nothing stands for
+// it.
+func (c *control) dataName(usual bool) netip.AddrPort {
 	at := c.conn.Tuple().Dst
-	if at.Addr() == c.serverAddr() {
+	switch {
+	case at.Addr() == c.serverAddr():
 		return netip.AddrPort{}
+	case usual:
+		return netip.AddrPortFrom(at.Addr(), at.Port()-1)
 	}
-	if at.Port() == 1 {
-		return netip.AddrPortFrom(at.Addr(), 0)
-	}
-	return netip.AddrPortFrom(at.Addr(), at.Port()-1)
+	return netip.AddrPortFrom(at.Addr(), 0)
 }
 
 // publish opens an external address for the port that the server's reply to PASV

@@ -213,5 +213,5 @@ func (f *Filter) access(a args, _ *reply) error {
 	if err != nil {
 		return err
 	}
-	return s.HostAccessCheck(filterapi.HostAccess{Protocol: a.Protocol, Target: target, Proto: a.proto()})
+	return s.HostAccessCheck(filterapi.HostAccess{Protocol: a.Protocol, Target: target, Proto: a.proto(), Publishing: a.On})
 }

@@ -372,3 +372,50 @@ func TestB55PublishedWithoutTheDaemon(t *testing.T) {
 		t.Errorf("what needs user space: %v, want silence", err)
 	}
 }
+
+// Without an address a server is published at every one that the gateway has, as
+// they come; a rule before it keeps a port of the inside for the gateway.
+func TestPublishedAtEveryAddress(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t)
+	l.Client.HTTP(80)
+	own := "  - {name: own, action: allow, from: lan, to: gateway, protocols: [http]}\n"
+	publish := "  - {name: www, action: publish, from: [wan, lan], protocols: [http], server: 10.0.0.2}\n"
+	g := l.Gateway(lab.Config{Rules: publish})
+	fetch(t, l.Srv, "http://203.0.113.1/10")
+	fetch(t, l.Srv, "http://203.0.113.2/10")
+	fetch(t, l.Client2, "http://10.0.0.1/10")
+	l.GW.Run("ip", "addr", "add", "203.0.113.77/24", "dev", "wan0")
+	fetch(t, l.Srv, "http://203.0.113.77/10")
+	g.Reload(lab.Config{Rules: own + publish})
+	if err := connect(l.Client2, netip.MustParseAddrPort("10.0.0.1:80"), 3*time.Second); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("the gateway's own port, at which nobody listens: %v", err)
+	}
+	fetch(t, l.Srv, "http://203.0.113.2/10")
+}
+
+// Another protocol than TCP and UDP is published, in the kernel.
+func TestPublishedGRE(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t)
+	l.Gateway(lab.Config{Rules: published("tunnel", "gre", "")})
+	inside := l.Client.Capture()
+	eachView(t, func(t *testing.T, v outsideView) {
+		if err := l.Srv.Do(func() error {
+			c, err := net.DialIP("ip:47", nil, &net.IPAddr{IP: v.at.AsSlice()})
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			_, err = c.Write([]byte{0, 0, 0x08, 0, 1, 2, 3, 4})
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		lab.Eventually(t, 3*time.Second, "the server sees it", func() bool {
+			return len(lab.Select(inside.Peek(), func(s lab.Seen) bool {
+				return !s.Out && s.Src.Addr() == v.peer && s.Dst.Addr() == v.server && s.TCP == nil
+			})) > 0
+		})
+	})
+}

@@ -40,7 +40,7 @@ import "encoding/json"
 //	client-session, private-session         local, user -> session
 //	close-session   session
 //	attach-filter   session, filter_name
-//	access          session, protocol, proto, remote: HostAccessCheck
+//	access          session, protocol, proto, remote, on (Publishing): HostAccessCheck
 //	redirect        targets, external -> addr, actions
 //	future          targets, external -> actions
 //	bind            clients, external, sources -> conns, addrs; conn and addr are the first
