@@ -35,6 +35,9 @@ func (s *sessionFilter) HandleEvent(ctx context.Context, ev filterapi.Event) err
 	f.lastID++
 	out.Event = f.lastID
 	a := f.answers[out.Kind]
+	if out.pass && out.Kind == "ConnectTCP" && a.Do == "" {
+		a = answer{Do: "attach", Mode: "quiet"}
+	}
 	var wait chan answer
 	if a.Do == "hold" {
 		wait = make(chan answer, 1)
@@ -148,7 +151,7 @@ func (f *Filter) describe(ev filterapi.Event) (event, filterapi.Connection) {
 			}
 		}
 		if o, ok := a.Options.(options); ok {
-			out.Options = o.Text
+			out.Options, out.pass = o.Text, o.Pass
 		}
 	}
 	switch e := ev.(type) {

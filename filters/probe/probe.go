@@ -85,6 +85,9 @@ func (f *Filter) FailMode() filterapi.FailMode {
 // options are those of a rule.
 type options struct {
 	Text string `yaml:"text"`
+	// Pass has every TCP connection get a data filter that passes its bytes on,
+	// as long as no test says otherwise: for the bench.
+	Pass bool `yaml:"pass"`
 }
 
 // ParseOptions implements filterapi.OptionsParser.

@@ -103,6 +103,7 @@ type event struct {
 	Protocol  string `json:"protocol,omitempty"`
 	Rule      string `json:"rule,omitempty"`
 	Options   string `json:"options,omitempty"`
+	pass      bool   // the rule says so
 	Source    string `json:"source,omitempty"`
 	Flags     uint8  `json:"flags,omitempty"`
 	Name      string `json:"name,omitempty"`

@@ -155,10 +155,12 @@ protocols:
   decided: {tcp: 5000-5099, udp: 5000-5099}
   judged: {tcp: 5100-5199, udp: 5100-5199, filter: probe}
   carried: {tcp: 5200-5299, udp: 5200-5299}
+  filtered: {tcp: 5400-5499, filter: probe}
 rules:
   - {name: kernel, action: allow, from: lan, to: wan, protocols: decided}
   - {name: queued, action: allow, from: lan, to: wan, protocols: judged, filters: {probe: {}}}
   - {name: user, action: allow, from: lan, to: wan, protocols: carried, no_kernel_mode: true}
+  - {name: filtered, action: allow, from: lan, to: wan, protocols: filtered, filters: {probe: {pass: true}}}
 log: {format: json}
 control: {socket: %s}
 `

@@ -28,6 +28,8 @@ const (
 	decided path = 5000 // by a rule that the kernel decides
 	judged  path = 5100 // by a rule whose first packets are queued
 	carried path = 5200 // by a rule that keeps flows in user space
+	// filtered flows pass a data filter that hands everything on.
+	filtered path = 5400
 )
 
 func (p path) port(k kind) uint16 { return uint16(p) + uint16(k) }
@@ -45,7 +47,7 @@ type servers struct {
 func startServers(l *lane) (*servers, error) {
 	s := &servers{sinks: map[uint16]int{}}
 	err := inside(l.srv, func() error {
-		for _, p := range []path{decided, judged, carried} {
+		for _, p := range []path{decided, judged, carried, filtered} {
 			for k := range kinds {
 				if err := s.open(p.port(k), k); err != nil {
 					return err
