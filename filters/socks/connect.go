@@ -139,8 +139,8 @@ func (c *client) bind(s *shared, q request) {
 		err = context.Cause(c.ctx)
 	}
 	if err != nil {
-		if ctx.Err() == nil && errors.Is(err, filterapi.ErrTerminating) && s.Flags()&filterapi.SessionTerminated == 0 {
-			err = context.DeadlineExceeded // it has expired
+		if errors.Is(err, filterapi.ErrTerminating) && s.Flags()&filterapi.SessionTerminated == 0 {
+			err = context.DeadlineExceeded // the bind's own clock was the first, or its only peer was denied
 		}
 		c.deny(q, err)
 		return
