@@ -215,7 +215,7 @@ func (s *session) lent(b filterapi.Bind) (place, error) {
 		return place{}, fmt.Errorf("several binds at the end of one flow: %w", filterapi.ErrInvalidArgument)
 	}
 	if s.own(b.External.Addr()) {
-		return place{first: b.External}, nil
+		return place{first: b.External}, s.e.shareMapping(b.Proto, b.External)
 	}
 	// On a routed path it is the client's own.
 	if b.Clients[0] != b.External {

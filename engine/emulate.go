@@ -55,8 +55,8 @@ func (c *connection) emulateForBind(r *registered) error {
 		return filterapi.ErrBadContext
 	case c.emulated:
 		return filterapi.ErrAlreadyEmulated
-	case c.bind.atSocket():
-		return filterapi.ErrNotSupported // its client asked for a socket
+	case c.bind.atSocket(), c.bind.mapping != nil && !c.bind.borrows:
+		return filterapi.ErrNotSupported // its client asked for a socket; or what it sends leaves from there
 	}
 	c.setEmulated(r, true)
 	return nil

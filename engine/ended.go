@@ -114,7 +114,7 @@ func (e *Engine) recordByRules(end flow.End) {
 		e.record(end, about{})
 		return
 	}
-	v := e.policies.at(end.Start).Judge(q)
+	v := e.judgeLetIn(e.policies.at(end.Start), q)
 	e.record(end, about{rule: v.Rule, protocol: protocolName(v)})
 }
 

@@ -49,6 +49,7 @@ type mapping struct {
 	state            mappingState
 	filtering        policy.Filtering
 	opened           bool  // the kernel lets others in
+	shared           bool  // the kernel knows that others may have its addresses
 	rule             int32 // mappings.rules
 	flows            int32 // of the kernel's, and in user space
 	since            int64 // nanoseconds, when it was made
@@ -70,6 +71,7 @@ type mappingExtra struct {
 	change   chan struct{} // closed when the kernel has acknowledged a change; nil: none is under way
 	bind     *permission   // what filters make of it
 	borrower *permission   // a bind that has its address
+	lent     bool          // one for a peer of a flow has it
 	held     *session      // which lives as long
 	inUser   int32         // flows in user space
 	peers    map[netip.Addr]int32
@@ -114,6 +116,7 @@ type mappings struct {
 	byExternal map[externalKey]*mapping
 	idle       map[*mapping]struct{}
 	sweeping   bool
+	adopting   bool                      // the kernel does not have the rules yet
 	journal    map[flow.Tuple]journalled // while a dump is compared; else nil
 }
 
@@ -148,12 +151,18 @@ func (m *mapping) externalKey() externalKey { return externalKey{m.proto, m.exte
 func (x *mappings) permission(m *mapping) nat.Permission {
 	p := nat.Permission{
 		ID: m.id, Direction: nat.Inbound, Proto: m.proto, Client: m.inside.addrPort(), External: m.external.addrPort(),
-		Multiple: true, Leaves: x.rules[m.rule].name, Mapped: true,
+		Multiple: true, Leaves: x.rules[m.rule].name, Mapped: true, Shared: m.shares(),
 	}
 	if m.opens() {
 		p.AnySource, p.PeersOnly = true, m.filtering == policy.FilterAddress
 	}
 	return p
+}
+
+// shares says whether permissions may have addresses of the mapping, now or
+// before.
+func (m *mapping) shares() bool {
+	return m.shared || m.extra != nil && (m.extra.lent || m.extra.bind != nil || m.extra.borrower != nil)
 }
 
 // opens says whether the kernel lets in who the network rule says. A filter
@@ -225,7 +234,7 @@ func (e *Engine) revive(ctx context.Context, m *mapping) error {
 		x.mu.Unlock()
 		return errGone
 	}
-	x.rest(m, e.now().Add(unconfirmed))
+	e.rest(m, e.now().Add(unconfirmed))
 	if m.state != mappingLeaving {
 		x.mu.Unlock()
 		return nil
@@ -249,7 +258,7 @@ func (e *Engine) makeMapping(ctx context.Context, c *connection, r *policy.Netwo
 	}
 	x.mu.Lock()
 	if err == nil {
-		x.rest(m, e.now().Add(unconfirmed))
+		e.rest(m, e.now().Add(unconfirmed))
 		if err = e.putMapping(m); err == nil { // unlocks
 			return m, errors.Join(e.enforceBind(m), e.meet(m, q))
 		}
@@ -311,7 +320,10 @@ func (e *Engine) putMapping(m *mapping) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if err == nil {
-		m.state, m.opened = mappingLive, p.AnySource
+		m.state, m.opened, m.shared = mappingLive, p.AnySource, p.Shared
+		if m.shared {
+			m.more().lent = false // that is known from now on
+		}
 	}
 	if err != nil && m.state == mappingMaking {
 		return errors.Join(errNoMapping, err)
@@ -345,7 +357,7 @@ func (e *Engine) enforceBind(m *mapping) error {
 
 // lean gives back what a mapping does not need. x.mu is held.
 func (m *mapping) lean() {
-	if x := m.extra; x != nil && x.change == nil && x.bind == nil && x.borrower == nil && x.held == nil && x.inUser == 0 && len(x.peers) == 0 && len(x.attempts) == 0 && x.quiet == 0 {
+	if x := m.extra; x != nil && x.change == nil && x.bind == nil && x.borrower == nil && !x.lent && x.held == nil && x.inUser == 0 && len(x.peers) == 0 && len(x.attempts) == 0 && x.quiet == 0 {
 		m.extra = nil
 	}
 }

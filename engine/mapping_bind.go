@@ -151,9 +151,14 @@ func (e *Engine) yield(p *permission) error {
 	if p.mapping == nil {
 		return nil
 	}
-	x, m := &e.mappings, p.mapping
+	return e.refit(p.mapping)
+}
+
+// refit brings the kernel to what has become of a mapping.
+func (e *Engine) refit(m *mapping) error {
+	x := &e.mappings
 	x.mu.Lock()
-	for m.state == mappingLive && m.opened != m.opens() {
+	for m.state == mappingLive && (m.opened != m.opens() || m.shared != m.shares()) {
 		if m.extra == nil || m.extra.change == nil {
 			return e.installMapping(m) // unlocks
 		}
@@ -280,4 +285,17 @@ func (e *Engine) giveMappingBack(p *permission) {
 	if err := e.yield(p); err != nil {
 		e.log.Error("a mapping lets nobody in", zap.Stringer("external", p.External), zap.Error(err))
 	}
+}
+
+// shareMapping prepares a mapping, if there is one, for a bind at the end of one
+// of its flows.
+func (e *Engine) shareMapping(p flow.Proto, at netip.AddrPort) error {
+	m := e.mappingAt(p, at)
+	if m == nil {
+		return nil
+	}
+	e.mappings.mu.Lock()
+	m.more().lent = true
+	e.mappings.mu.Unlock()
+	return e.refit(m)
 }

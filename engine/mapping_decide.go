@@ -138,16 +138,43 @@ func (e *Engine) holdThem(c *connection, by int32) {
 	}
 }
 
-// mappedIn says whether a flow has come in to a mapping, which may be gone by
-// now for those who come.
+// mappedIn says whether the rules in force let a flow be that came in to a
+// mapping.
 func (e *Engine) mappedIn(t flow.Tuple) bool {
 	if !t.Is4() {
 		return false
 	}
-	e.mappings.mu.Lock()
-	defer e.mappings.mu.Unlock()
-	m := e.mappings.byExternal[externalKey{t.Proto, packed(t.Dst)}]
-	return m != nil && m.rule >= 0
+	q, err := e.question(t, "")
+	return err == nil && q.ToGateway && refusedByRules(e.judgeLetIn(e.Policy(), q)) == nil
+}
+
+// judgeLetIn judges a flow that the kernel let in. One to the external endpoint
+// of a mapping runs under the rule that lets the mapping's own flows out, or its
+// sender's, if that is of the inside.
+func (e *Engine) judgeLetIn(rules *policy.Policy, q policy.Question) policy.Verdict {
+	v := rules.Judge(q)
+	if !q.ToGateway || !q.Is4() || refusedByRules(v) == nil {
+		return v
+	}
+	x := &e.mappings
+	x.mu.Lock()
+	m := x.byExternal[externalKey{q.Proto, packed(q.Dst)}]
+	if m == nil || m.rule < 0 || m.first == (socket4{}) {
+		x.mu.Unlock()
+		return v
+	}
+	around := q
+	around.ToGateway, around.OutIface = false, x.rules[m.rule].iface
+	out := flow.Tuple{Proto: m.proto, Src: m.inside.addrPort(), Dst: m.first.addrPort()}
+	x.mu.Unlock()
+	if w := rules.Judge(around); w.NetworkRule != nil && !w.Reverse {
+		return w
+	}
+	first, err := e.question(out, "")
+	if err != nil {
+		return v
+	}
+	return rules.Judge(first)
 }
 
 // maxAttempts bounds what one mapping remembers of hosts behind the same

@@ -18,6 +18,9 @@ func (e *Engine) denyMappings(kernel []KernelFlow) {
 	firsts := map[*mapping]flow.Tuple{}
 	x.mu.Lock()
 	for _, m := range x.byInside {
+		if m.first == (socket4{}) {
+			continue // it was made for a bind, which is judged by itself, and ends with it
+		}
 		if m.extra == nil || m.extra.change == nil { // whoever makes it looks at the rules after
 			firsts[m] = flow.Tuple{Proto: m.proto, Src: m.inside.addrPort(), Dst: m.first.addrPort()}
 		}

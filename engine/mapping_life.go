@@ -22,6 +22,12 @@ func (x *mappings) rest(m *mapping, until time.Time) {
 	}
 }
 
+// rest does so, and sees to it that it goes after that. mappings.mu is held.
+func (e *Engine) rest(m *mapping, until time.Time) {
+	e.mappings.rest(m, until)
+	e.sweepSoon()
+}
+
 // of gives the mappings that a kernel flow belongs to: that of who sent its
 // first packet, and that of whom it was sent to. x.mu is held.
 func (x *mappings) of(t flow.Tuple, tr flow.Translation) (sender, target *mapping) {
@@ -59,6 +65,9 @@ func (e *Engine) mapped(t flow.Tuple, tr flow.Translation, by int32) {
 	}
 	sender, target := x.of(t, tr)
 	if sender != nil {
+		if sender.first == (socket4{}) {
+			sender.first = packed(t.Dst) // it was made for a bind
+		}
 		e.count(sender, by)
 		if sender.filtering == policy.FilterAddress {
 			e.peer(sender, t.Dst.Addr(), by)
@@ -74,6 +83,9 @@ func (e *Engine) count(m *mapping, by int32) {
 	m.flows += by
 	if m.flows > 0 {
 		delete(e.mappings.idle, m)
+		if m.state == mappingLeaving && !e.mappings.adopting && (m.extra == nil || m.extra.change == nil) {
+			e.bringBack(m)
+		}
 		return
 	}
 	e.mappings.rest(m, e.now())
@@ -81,26 +93,56 @@ func (e *Engine) count(m *mapping, by int32) {
 }
 
 // peer changes the number of flows to one peer. Without one the peer may not
-// come any more. mappings.mu is held.
+// come any more, when the word of another flow had time to come. mappings.mu is
+// held.
 func (e *Engine) peer(m *mapping, a netip.Addr, by int32) {
 	more := m.more()
 	if more.peers == nil {
 		more.peers = make(map[netip.Addr]int32)
 	}
-	more.peers[a] += by
-	if more.peers[a] > 0 {
+	if more.peers[a] += by; more.peers[a] <= 0 {
+		e.later(lateReports, func() { e.forgetPeer(m, a) })
+	}
+}
+
+// forgetPeer has the kernel let a peer in no more that has no flow. One may have
+// begun meanwhile of which nobody has told yet: then it is let in again.
+func (e *Engine) forgetPeer(m *mapping, a netip.Addr) {
+	x := &e.mappings
+	flows := func() (n int32, known bool) {
+		if m.extra != nil {
+			n, known = m.extra.peers[a]
+		}
+		return n, known
+	}
+	x.mu.Lock()
+	n, known := flows()
+	if n > 0 || !known {
+		x.mu.Unlock()
 		return
 	}
-	delete(more.peers, a)
+	delete(m.extra.peers, a)
 	m.lean()
-	gone := nat.Peer{Proto: m.proto, Inside: m.inside.addrPort(), Addr: a}
-	e.tasks.run(func() { e.forgetPeers([]nat.Peer{gone}) })
+	p := []nat.Peer{{Proto: m.proto, Inside: m.inside.addrPort(), Addr: a}}
+	x.mu.Unlock()
+	e.forgetPeers(p)
+	e.later(lateReports, func() {
+		x.mu.Lock()
+		n, _ := flows()
+		x.mu.Unlock()
+		if n > 0 {
+			e.knowPeers(p, nil)
+		}
+	})
 }
 
 // forgetPeers takes peers out of the kernel's set.
-func (e *Engine) forgetPeers(gone []nat.Peer) {
-	if err := e.kernel.Peers(context.Background(), nil, gone); err != nil {
-		e.log.Error("peers of mappings may still come in", zap.Error(err))
+func (e *Engine) forgetPeers(gone []nat.Peer) { e.knowPeers(nil, gone) }
+
+// knowPeers has the kernel know the peers of mappings.
+func (e *Engine) knowPeers(come, gone []nat.Peer) {
+	if err := e.kernel.Peers(context.Background(), come, gone); err != nil {
+		e.log.Error("the kernel does not know the peers of mappings", zap.Error(err))
 	}
 }
 
@@ -142,7 +184,7 @@ const sweepEvery = 500 * time.Millisecond
 // came in the same time again, the external endpoint is returned.
 func (e *Engine) sweepMappings() {
 	x := &e.mappings
-	var leave, gone []*mapping
+	var leave, over []*mapping
 	var peers []nat.Peer
 	x.mu.Lock()
 	now := e.now().UnixNano()
@@ -150,14 +192,13 @@ func (e *Engine) sweepMappings() {
 		switch {
 		case m.flows > 0:
 			delete(x.idle, m)
-		case m.extra != nil && m.extra.change != nil, now < m.idle+int64(lateReports), m.attempted(now):
+		case !x.over(m, now):
 		case m.state == mappingLive:
 			m.state, m.idle = mappingLeaving, now
 			m.more().change = make(chan struct{})
 			leave = append(leave, m)
 		default:
-			x.drop(m)
-			gone = append(gone, m)
+			over = append(over, m)
 			if m.extra != nil {
 				for a := range m.extra.peers {
 					peers = append(peers, nat.Peer{Proto: m.proto, Inside: m.inside.addrPort(), Addr: a})
@@ -168,12 +209,27 @@ func (e *Engine) sweepMappings() {
 	x.mu.Unlock()
 	e.each(leave, e.takeOut)
 	if len(peers) > 0 {
-		e.forgetPeers(peers)
+		e.forgetPeers(peers) // before the endpoint has another mapping
 	}
-	for _, m := range gone {
+	x.mu.Lock()
+	over = slices.DeleteFunc(over, func(m *mapping) bool {
+		again := m.state == mappingLive || m.flows > 0 || !x.over(m, now) // a packet has come
+		if !again {
+			x.drop(m)
+		}
+		return again
+	})
+	x.mu.Unlock()
+	for _, m := range over {
 		e.closeBind(m)
 		e.ports.Return(m.proto, m.external.addrPort())
 	}
+}
+
+// over says whether a mapping without flows has waited for one long enough. x.mu
+// is held.
+func (x *mappings) over(m *mapping, now int64) bool {
+	return (m.extra == nil || m.extra.change == nil) && now >= m.idle+int64(lateReports) && !m.attempted(now)
 }
 
 // drop forgets a mapping. x.mu is held.

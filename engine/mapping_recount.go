@@ -13,6 +13,13 @@ import (
 	"github.com/sluicegw/sluice/policy"
 )
 
+// HoldsMappings says whether there are any.
+func (e *Engine) HoldsMappings() bool {
+	e.mappings.mu.Lock()
+	defer e.mappings.mu.Unlock()
+	return len(e.mappings.byExternal) > 0
+}
+
 // LivingFlow is a kernel flow as conntrack lists it.
 type LivingFlow struct {
 	flow.Tuple
@@ -100,27 +107,40 @@ func (e *Engine) recount(living []LivingFlow, journal map[flow.Tuple]journalled)
 		for a := range peers[m] {
 			come = append(come, nat.Peer{Proto: m.proto, Inside: m.inside.addrPort(), Addr: a})
 		}
-		if m.extra != nil && m.extra.inUser == 0 {
-			for a := range m.extra.peers {
-				if peers[m][a] == 0 {
-					gone = append(gone, nat.Peer{Proto: m.proto, Inside: m.inside.addrPort(), Addr: a})
-				}
-			}
-		}
-		if len(peers[m]) > 0 || m.extra != nil && m.extra.inUser == 0 {
-			m.more().peers = peers[m]
-			m.lean()
+		if len(peers[m]) > 0 || m.extra != nil && len(m.extra.peers) > 0 {
+			gone = append(gone, m.setPeers(peers[m])...)
 		}
 		e.count(m, n-m.flows)
 	}
-	if len(gone)+len(come) == 0 {
+	if len(gone)+len(come) == 0 || x.adopting {
 		return
 	}
-	e.tasks.run(func() {
-		if err := e.kernel.Peers(context.Background(), come, gone); err != nil {
-			e.log.Error("the kernel does not know the peers of mappings", zap.Error(err))
+	e.tasks.run(func() { e.knowPeers(come, gone) })
+}
+
+// setPeers sets the numbers of flows to peers, and gives those that had some
+// and have none any more. A peer whose first packet has just passed stays, and so
+// do all where user space carries some flow. mappings.mu is held.
+func (m *mapping) setPeers(counted map[netip.Addr]int32) (gone []nat.Peer) {
+	more := m.more()
+	if more.inUser > 0 {
+		return nil
+	}
+	for a, flows := range more.peers {
+		switch {
+		case counted[a] > 0:
+		case flows > 0:
+			gone = append(gone, nat.Peer{Proto: m.proto, Inside: m.inside.addrPort(), Addr: a})
+		default:
+			if counted == nil {
+				counted = make(map[netip.Addr]int32)
+			}
+			counted[a] = 0
 		}
-	})
+	}
+	more.peers = counted
+	m.lean()
+	return gone
 }
 
 // Held is a mapping as the kernel holds it.
@@ -177,6 +197,7 @@ func (e *Engine) Adopt(held []Held, living []LivingFlow) {
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	x.adopting = true
 	e.recount(living, nil)
 }
 
@@ -212,13 +233,23 @@ func (e *Engine) adopt(r *policy.NetworkRule, h Held, t flow.Tuple) bool {
 func (e *Engine) InstallAdopted() {
 	x := &e.mappings
 	var all []*mapping
+	var peers []nat.Peer
 	x.mu.Lock()
+	x.adopting = false
 	for _, m := range x.byInside {
+		if m.extra != nil {
+			for a := range m.extra.peers {
+				peers = append(peers, nat.Peer{Proto: m.proto, Inside: m.inside.addrPort(), Addr: a})
+			}
+		}
 		if m.state == mappingLeaving && m.flows > 0 {
 			all = append(all, m)
 		}
 	}
 	x.mu.Unlock()
+	if len(peers) > 0 {
+		e.knowPeers(peers, nil)
+	}
 	e.each(all, func(m *mapping) {
 		x.mu.Lock()
 		if m.state != mappingLeaving || m.extra != nil && m.extra.change != nil {

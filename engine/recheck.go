@@ -168,7 +168,7 @@ func (e *Engine) Describe(t flow.Tuple, start time.Time) FlowInfo {
 	if err != nil {
 		return i
 	}
-	v := e.policies.at(start).Judge(q)
+	v := e.judgeLetIn(e.policies.at(start), q)
 	if v.Rule != nil {
 		i.Rule = v.Rule.Name
 	}

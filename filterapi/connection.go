@@ -90,7 +90,8 @@ type Connection interface {
 	// EmulateForBind lets the filter emulate a bind: no external address is
 	// opened, and connections are made by EmulateConnection. Only inside the
 	// handler of a BindEvent, else ErrBadContext; ErrAlreadyEmulated the
-	// second time; ErrNotSupported for one of ListenForClient.
+	// second time; ErrNotSupported for one of ListenForClient or of a
+	// network rule.
 	EmulateForBind() error
 	// EmulateConnection, on an emulated bind, makes an inbound connection to
 	// the client, which sees remote as its peer; the data filter gets its

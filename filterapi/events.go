@@ -113,8 +113,10 @@ type Destination interface {
 	Deny() error
 }
 
-// BindEvent is raised before the external address is opened.
-// (FwxBindEvent)
+// BindEvent is raised before the external address is opened: that of a call, or
+// the one that a client gets with the first packet of an address and port, where
+// a network rule maps endpoints and the packet's flow concerns the filter. Who
+// denies that refuses the flow. (FwxBindEvent)
 type BindEvent struct {
 	About
 	TCP bool

@@ -160,6 +160,8 @@ type Session interface {
 	BindForClient(Bind) ([]Connection, error)
 
 	// RetroactiveAllowBind allows a bind of this session that discards so far.
+	// The external addresses that its client has got by a network rule that maps
+	// endpoints are such binds, unless their filtering lets everybody in.
 	// already: it was allowed before, and nothing has changed. On an error it
 	// goes on as it was.
 	// Flags: Bidirectional, IncreaseReceiveBuffer.

@@ -70,6 +70,8 @@ type Permission struct {
 	// PeersOnly, for Mapped: of any source only those addresses that Client has
 	// sent to.
 	PeersOnly bool
+	// Shared, for Mapped: other permissions may have some of its addresses, too.
+	Shared bool
 
 	// Multiple permissions are not used up by their first flow.
 	Multiple bool

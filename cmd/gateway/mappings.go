@@ -4,7 +4,11 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"time"
 
+	"go.uber.org/zap"
+
+	"github.com/sluicegw/sluice/config"
 	"github.com/sluicegw/sluice/engine"
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/kernelpath"
@@ -62,4 +66,48 @@ func (g *gateway) adoptMappings(ctx context.Context) error {
 	}
 	g.engine.Adopt(held, living)
 	return nil
+}
+
+// idle is how long a flow of a protocol may carry nothing.
+func idle(t config.Timeouts, p flow.Proto) time.Duration {
+	seconds := t.UDP
+	switch p {
+	case flow.TCP:
+		seconds = t.TCPEstablished
+	case flow.ICMP:
+		seconds = t.ICMP
+	}
+	return time.Duration(seconds) * time.Second
+}
+
+// quietLooks is how often conntrack's counters are looked at while a mapping may
+// be idle, where what comes in does not keep it alive; and the longest pause.
+const (
+	quietLooks = 10
+	quietPause = 30 * time.Second
+)
+
+// endQuiet ends the mappings that only the outside uses, where a network rule
+// wants that. Else it looks at nothing.
+func (g *gateway) endQuiet(ctx context.Context) error {
+	for {
+		g.change.Lock()
+		timeouts, rules := g.cfg.Timeouts, g.policy.NetworkRules()
+		g.change.Unlock()
+		if slices.ContainsFunc(rules, func(r policy.NetworkRule) bool { return r.IgnoreInbound }) {
+			living, err := g.livingFlows(ctx)
+			if err == nil {
+				err = g.engine.QuietMappings(ctx, living, func(p flow.Proto) time.Duration { return idle(timeouts, p) })
+			}
+			if err != nil && ctx.Err() == nil {
+				g.log.Error("ending mappings that only the outside uses failed", zap.Error(err))
+			}
+		}
+		shortest := min(idle(timeouts, flow.UDP), idle(timeouts, flow.ICMP), idle(timeouts, flow.TCP))
+		select {
+		case <-time.After(min(quietPause, max(shortest/quietLooks, 100*time.Millisecond))):
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }

@@ -171,6 +171,7 @@ func (g *gateway) open(undo *ladder) (err error) {
 	g.lost = make(chan struct{}, 1)
 	g.task("routes", g.routes.Run)
 	g.task("resync", func(ctx context.Context) error { return g.resyncing(ctx, g.lost) })
+	g.task("quiet mappings", g.endQuiet)
 	g.task("links", g.followLinks)
 	g.task("addresses", g.followAddresses)
 	if g.watch, err = kernelpath.NewWatch(m.Bits, g.kernelEnded, g.eventsLost); err != nil {
@@ -274,7 +275,7 @@ func (g *gateway) resyncing(ctx context.Context, lost <-chan struct{}) error {
 		case <-lost:
 			g.resync(ctx)
 		case now := <-slow.C:
-			if g.engine.HoldsKernelFlows(now.Add(-resyncEvery)) {
+			if g.engine.HoldsKernelFlows(now.Add(-resyncEvery)) || g.engine.HoldsMappings() {
 				g.resync(ctx)
 			}
 		case <-ctx.Done():

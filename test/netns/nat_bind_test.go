@@ -149,10 +149,19 @@ func TestNUDP01MappingAfterBind(t *testing.T) {
 	r := s.must("bind", e, lab.ProbeArgs{Proto: "udp", Clients: []string{to(s.client, 4001).String()}, Flags: []string{"AllowMultiple", "SameSource", "Bidirectional"}})
 	second := socket(s.Client, to(s.client, 4001))
 	s.on("UDPDestination", "attach")
-	for _, port := range []int{7, 8} { // user space, the kernel
-		server := socket(s.Other, to(s.other, port))
-		if from := seenBy(t, server, second); from.String() != r.Addr {
-			t.Errorf("port %d: the server saw %s, the bind is %s", port, from, r.Addr)
+	leaves := func(when string, port int) {
+		t.Helper()
+		if from := seenBy(t, socket(s.Other, to(s.other, port)), second); from.String() != r.Addr {
+			t.Errorf("%s: the server saw %s, the bind is %s", when, from, r.Addr)
 		}
 	}
+	c := probed()
+	c.NetworkRules = modes[2].config("").NetworkRules
+	c.Protocols += "  more: {udp: 9}\n"
+	c.Rules += "  - {name: more, action: allow, from: lan, to: wan, protocols: more}\n"
+	s.g.Reload(c)
+	leaves("in user space", 7)
+	leaves("by the kernel", 8)
+	s.g.Reload(c)
+	leaves("after a reload", 9)
 }

@@ -8,41 +8,6 @@ import (
 	"github.com/sluicegw/sluice/test/netns/lab"
 )
 
-// A mapping is what its network rule says, for the reference client too.
-func TestNUDP01MappingModes(t *testing.T) {
-	t.Parallel()
-	for _, m := range modes[:3] {
-		t.Run(m.String(), func(t *testing.T) {
-			t.Parallel()
-			l := lab.New(t)
-			l.Gateway(m.config(""))
-			discovers(t, l, m)
-		})
-	}
-}
-
-// Two hosts with the same port have two external ones, each the same for every
-// destination, on the first packet and on later flows.
-func TestNUDP03NoOverloading(t *testing.T) {
-	t.Parallel()
-	l := lab.New(t)
-	l.Gateway(cone.config(""))
-	one, two := socket(l.Client, to(lab.Client4, 5000)), socket(l.Client2, to(lab.Second4, 5000))
-	srv, other := socket(l.Srv, to(lab.Srv4, 2000)), socket(l.Other, to(lab.Other4, 2000))
-	a, b := seenBy(t, srv, one), seenBy(t, srv, two)
-	if a == b || a.Addr() != lab.Outside4 || b.Addr() != lab.Outside4 {
-		t.Fatalf("the server saw %s and %s", a, b)
-	}
-	for range 3 {
-		if x, y := seenBy(t, other, one), seenBy(t, other, two); x != a || y != b {
-			t.Errorf("another server saw %s and %s, the first one %s and %s", x, y, a, b)
-		}
-	}
-	if reaches(t, other, a, one); reaches(t, other, b, two) != to(lab.Other4, 2000) {
-		t.Error("the source of what comes in has changed")
-	}
-}
-
 // Hosts behind the gateway reach each other by their external endpoints, and
 // see these, under every filtering that lets them.
 func TestNUDP09HairpinMapping(t *testing.T) {
@@ -74,48 +39,6 @@ func TestNUDP09HairpinMapping(t *testing.T) {
 				t.Errorf("the other host saw %s, the server %s", from, b)
 			}
 		})
-	}
-}
-
-func TestNTCP01Mapping(t *testing.T) {
-	t.Parallel()
-	l := lab.New(t)
-	l.Gateway(cone.config(""))
-	mirrorTCP(l.Srv, 80)
-	mirrorTCP(l.Other, 80)
-	a, _ := mirrored(t, l, l.Client, to(lab.Client4, 5000), to(lab.Srv4, 80))
-	b, _ := mirrored(t, l, l.Client, to(lab.Client4, 5000), to(lab.Other4, 80))
-	if a != b || a.Addr() != lab.Outside4 {
-		t.Errorf("the servers saw %s and %s", a, b)
-	}
-	// The other host's server gets its mapping with a connection of its own.
-	c, conn := mirrored(t, l, l.Client2, to(lab.Second4, 7000), to(lab.Srv4, 80))
-	_ = conn.Close()
-	mirrorTCP(l.Client2, 7000)
-	seen, _ := mirrored(t, l, l.Client, to(lab.Client4, 5000), c)
-	if seen != a {
-		t.Errorf("the inside server saw %s, those outside %s", seen, a)
-	}
-	seen, _ = mirrored(t, l, l.Srv, to(lab.Srv4, 3000), c)
-	if seen != to(lab.Srv4, 3000) {
-		t.Errorf("the inside server saw %s", seen)
-	}
-}
-
-// The identifier of a query is mapped like a port.
-func TestNICMP01Mapping(t *testing.T) {
-	t.Parallel()
-	l := lab.New(t)
-	g := l.Gateway(cone.config(""))
-	seen := l.Srv.Capture()
-	l.Client.Run("ping", "-c", "1", "-e", "77", "-W", "5", lab.Srv4.String())
-	l.Client2.Run("ping", "-c", "1", "-e", "77", "-W", "5", lab.Srv4.String())
-	_ = seen.Stop()
-	binds, _ := g.Command("binds")
-	for _, inside := range []string{"10.0.0.2:77", "10.0.0.3:77"} {
-		if !strings.Contains(binds, inside) {
-			t.Errorf("no mapping of %s in %s", inside, binds)
-		}
 	}
 }
 

@@ -96,23 +96,6 @@ func TestNICMP08Exhausted(t *testing.T) {
 	}
 }
 
-// An ICMP error for a flow between two hosts of the inside reaches its sender
-// (RFC 5508, REQ-7).
-func TestNICMP07HairpinError(t *testing.T) {
-	t.Parallel()
-	l := lab.New(t)
-	l.Gateway(cone.config(""))
-	two := socket(l.Client2, to(lab.Second4, 5000))
-	at := seenBy(t, socket(l.Srv, to(lab.Srv4, 2000)), two)
-	_ = two.Close() // the port is closed now, and its host says so
-	one := l.Client.MustDial("udp4", at.String(), time.Second)
-	mustWrite(t, one, "anybody there?")
-	deadline(t, one, 3*time.Second)
-	if _, err := one.Read(make([]byte, 10)); !errors.Is(err, syscall.ECONNREFUSED) {
-		t.Errorf("the sender reads %v, want a refusal", err)
-	}
-}
-
 // In user space, too, hosts of the inside reach each other as if they were
 // outside.
 func TestNUDP09HairpinInUserSpace(t *testing.T) {
