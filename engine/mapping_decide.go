@@ -144,6 +144,13 @@ func (e *Engine) mappedIn(t flow.Tuple) bool {
 	if !t.Is4() {
 		return false
 	}
+	e.mappings.mu.Lock()
+	m := e.mappings.byExternal[externalKey{t.Proto, packed(t.Dst)}]
+	mapped := m != nil && m.rule >= 0
+	e.mappings.mu.Unlock()
+	if !mapped {
+		return false
+	}
 	q, err := e.question(t, "")
 	return err == nil && q.ToGateway && refusedByRules(e.judgeLetIn(e.Policy(), q)) == nil
 }
