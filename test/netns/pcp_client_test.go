@@ -117,19 +117,24 @@ func (s *scene) pcp(h *lab.Host) *pcpHost {
 	return c
 }
 
-// try sends a datagram and waits for the answer.
+// try sends a datagram and waits for the answer. One that comes late, to another
+// opcode, is passed over.
 func (c *pcpHost) try(b []byte, d time.Duration) (pcpAnswer, bool) {
 	c.t.Helper()
 	mustWrite(c.t, c.conn, string(b))
 	if err := c.conn.SetReadDeadline(time.Now().Add(d)); err != nil {
 		c.t.Fatal(err)
 	}
-	in := make([]byte, 2000)
-	n, err := c.conn.Read(in)
-	if err != nil {
-		return pcpAnswer{}, false
+	for {
+		in := make([]byte, 2000)
+		n, err := c.conn.Read(in)
+		if err != nil {
+			return pcpAnswer{}, false
+		}
+		if a := decodePCP(in[:n]); len(b) < 2 || len(a.text) < 24 || a.opcode == b[1]&0x7f {
+			return a, true
+		}
 	}
-	return decodePCP(in[:n]), true
 }
 
 func decodePCP(b []byte) (a pcpAnswer) {
