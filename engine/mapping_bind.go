@@ -217,9 +217,13 @@ func (e *Engine) mappedBinds() []PermissionInfo {
 	return out
 }
 
-// lent says whether a bind says who comes in to a mapping. mappings.mu is held.
+// lent says whether a bind that borrows its address alone says who comes in to a
+// mapping. mappings.mu is held.
 func (m *mapping) lent() bool {
-	return m.extra != nil && m.extra.borrower != nil && m.extra.borrower.waits() && !m.extra.borrower.isDiscarding()
+	if m.extra == nil || m.extra.borrower == nil || !m.extra.borrower.waits() {
+		return false
+	}
+	return !m.extra.borrower.isDiscarding() || m.filtering == policy.FilterAddressAndPort
 }
 
 // lendMapping makes a bind the one that says who may come in to the mapping

@@ -241,7 +241,7 @@ func (k bindKind) bound(s *scene) (netip.AddrPort, listedBind) {
 		s.t.Fatalf("refused: %v", err)
 	}
 	for _, b := range s.open() {
-		if b.External == at.String() && b.Proto == k.proto {
+		if b.External == at.String() && b.Proto == k.proto && b.By == k.by {
 			return at, b
 		}
 	}
