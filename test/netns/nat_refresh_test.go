@@ -67,6 +67,11 @@ func TestNUDP06Refresh(t *testing.T) {
 			t.Errorf("the mapping lasted %v although datagrams came in", lasted)
 		}
 	})
+	run("inbound does not count", ", refresh_inbound: false", func(t *testing.T, l *lab.Lab) {
+		if lasted := inbound(t, l); lasted < idle-time.Second || lasted > beyond+time.Second {
+			t.Errorf("the mapping lasted %v although nothing went out", lasted)
+		}
+	})
 }
 
 // REQ-11: a daemon that is started again gives no port away that a mapping of

@@ -131,7 +131,9 @@ var behaviour = regexp.MustCompile(`NAT (mapping|filtering) behavior: (.+)`)
 
 // NATBehaviour runs the reference client, pion's stun-nat-behaviour, on this
 // host against a server and gives what it says of mapping and filtering. It
-// takes silence for a filter after one second, or more on a slow machine.
+// sends each request once, takes silence for a filter after one second, or more
+// on a slow machine, and any answer for that to its last request: a Discovery
+// is more careful.
 func (h *Host) NATBehaviour(server netip.AddrPort) (mapping, filtering, output string) {
 	h.lab.T.Helper()
 	path, err := stunClient.get()
