@@ -185,8 +185,6 @@ func (s *scene) flowRecord(dst netip.AddrPort, ok func(lab.Record) bool) lab.Rec
 	return s.g.AwaitRecord("flow", 10*time.Second, func(r lab.Record) bool { return r.Text("dst") == dst.String() && ok(r) })
 }
 
-func anyRecord(lab.Record) bool { return true }
-
 func resultIs(want string) func(lab.Record) bool {
 	return func(r lab.Record) bool { return strings.EqualFold(r.Text("result"), want) }
 }
