@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -87,6 +88,7 @@ type hearer struct {
 type living struct {
 	mu       sync.RWMutex
 	byTuple  map[flow.Tuple]*connection
+	unheard  map[flow.Tuple]unheard
 	reserved map[flow.Tuple]struct{} // by those who are about to make a flow
 }
 
@@ -95,7 +97,8 @@ type living struct {
 func (l *living) reserve(t flow.Tuple) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if _, out := l.reserved[t]; out || l.byTuple[t] != nil {
+	_, taken := l.unheard[t]
+	if _, out := l.reserved[t]; out || taken || l.byTuple[t] != nil {
 		return false
 	}
 	if l.reserved == nil {
@@ -116,7 +119,9 @@ func (l *living) unreserve(t flow.Tuple) {
 func (l *living) add(c *connection) (old *connection) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	old = l.byTuple[c.tuple]
+	if old = l.byTuple[c.tuple]; old == nil {
+		old = l.promoteLocked(c.tuple)
+	}
 	l.byTuple[c.tuple] = c
 	return old
 }
@@ -131,18 +136,35 @@ func (l *living) remove(c *connection) {
 
 func (l *living) find(t flow.Tuple) *connection {
 	l.mu.RLock()
-	defer l.mu.RUnlock()
-	return l.byTuple[t]
+	c := l.byTuple[t]
+	_, unheard := l.unheard[t]
+	l.mu.RUnlock()
+	if c != nil || !unheard {
+		return c
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if c = l.byTuple[t]; c == nil {
+		c = l.promoteLocked(t)
+	}
+	return c
 }
 
+// all makes connections of all of them.
 func (l *living) all() []*connection {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for t := range l.unheard {
+		l.promoteLocked(t)
+	}
+	return slices.Collect(maps.Values(l.byTuple))
+}
+
+// heard are those that are connections already.
+func (l *living) heard() []*connection {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
-	out := make([]*connection, 0, len(l.byTuple))
-	for _, c := range l.byTuple {
-		out = append(out, c)
-	}
-	return out
+	return slices.Collect(maps.Values(l.byTuple))
 }
 
 // inKernel says whether the kernel carries the flow.

@@ -87,6 +87,9 @@ const sameStart = time.Second
 // for every flow with the Kernel mark, judged here or not, and does not block.
 func (e *Engine) KernelEnded(end flow.End) {
 	e.mapped(end.Tuple, end.Translation, -1)
+	if e.endUnheard(end) {
+		return
+	}
 	c := e.flows.find(end.Tuple)
 	if c != nil && c.inKernel() {
 		if !end.Start.IsZero() && end.Start.Add(sameStart).Before(c.start) {
@@ -214,15 +217,22 @@ const unconfirmed = 5 * time.Second
 // not tell: its report was lost, or the flow's first packet never got through.
 // alive are the flows of a dump that began at the time since.
 func (e *Engine) Resync(alive map[flow.Tuple]bool, since time.Time) {
-	for _, c := range e.flows.all() {
+	for _, c := range e.flows.heard() {
 		if c.inKernel() && c.start.Add(unconfirmed).Before(since) && !alive[c.tuple] {
-			e.over(c, flow.End{Tuple: c.tuple, Path: flow.Kernel, Start: c.start, Result: flow.Closed, Reason: "conntrack does not know it any more"})
+			e.over(c, lostEnd(c.tuple, c.start))
 		}
 	}
+	for t, u := range e.flows.forgotten(alive, since.Add(-unconfirmed)) {
+		e.overUnheard(u, lostEnd(t, u.start))
+	}
+}
+
+func lostEnd(t flow.Tuple, start time.Time) flow.End {
+	return flow.End{Tuple: t, Path: flow.Kernel, Start: start, Result: flow.Closed, Reason: "conntrack does not know it any more"}
 }
 
 // HoldsKernelFlows says whether the engine knows a kernel flow that began
 // before a time.
 func (e *Engine) HoldsKernelFlows(before time.Time) bool {
-	return slices.ContainsFunc(e.flows.all(), func(c *connection) bool { return c.start.Before(before) && c.inKernel() })
+	return e.flows.olderUnheard(before) || slices.ContainsFunc(e.flows.heard(), func(c *connection) bool { return c.start.Before(before) && c.inKernel() })
 }

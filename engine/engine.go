@@ -61,6 +61,7 @@ type Engine struct {
 	kernel      Kernel
 	user        User
 	routes      Routes
+	cached      CachedRoutes // may be nil
 	ports       *nat.Allocator
 	kernelPorts portRange
 	leases      []portRange
@@ -114,6 +115,7 @@ func New(c Config) (*Engine, error) {
 		kernel: c.Kernel, user: c.User, routes: c.Routes, ports: c.Ports, kernelPorts: portRange(c.KernelPorts),
 		quota: c.Quota, answer: c.Answer, idle: c.PeerIdle, log: c.Log, now: c.Now,
 	}
+	e.cached, _ = c.Routes.(CachedRoutes)
 	if e.quota == 0 {
 		e.quota = DefaultQuota
 	}

@@ -107,6 +107,12 @@ func (fakeRoutes) Lookup(dst netip.Addr) (string, netip.Addr, bool, error) {
 	return "wan0", netip.MustParseAddr("203.0.113.1"), false, nil
 }
 
+// Known implements CachedRoutes: all of it is.
+func (r fakeRoutes) Known(dst netip.Addr) (string, bool, bool) {
+	iface, _, local, err := r.Lookup(dst)
+	return iface, local, err == nil
+}
+
 // probe is a filter whose handler a test writes.
 type probe struct {
 	fw       filterapi.Firewall

@@ -94,3 +94,10 @@ type Routes interface {
 	// AddressOf gives the first address of an interface, of a family.
 	AddressOf(iface string, is6 bool) (netip.Addr, error)
 }
+
+// CachedRoutes is what Routes may have besides: what is known of an address
+// without asking the kernel. ok is false for what is not known, and for what
+// has no route. DecideNow wants it.
+type CachedRoutes interface {
+	Known(dst netip.Addr) (iface string, local, ok bool)
+}

@@ -74,6 +74,11 @@ func (l *living) sockets(of *session) map[netip.AddrPort]bool {
 			out[t.Src] = true
 		}
 	}
+	for t, u := range l.unheard {
+		if u.session == of && t.Proto == flow.UDP {
+			out[t.Src] = true
+		}
+	}
 	return out
 }
 

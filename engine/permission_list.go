@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
@@ -58,6 +59,7 @@ type permissions struct {
 	byClient map[netip.Addr]int         // that wait
 	leaving  map[leavingKey]*permission // where what clients send leaves from a bind
 	vias     map[permKey]int            // addresses that lead to targets, without the client
+	count    atomic.Int64               // of byKey
 }
 
 func (s *permissions) init() {
@@ -134,6 +136,7 @@ func (s *permissions) taken(p *permission, client, external netip.AddrPort) bool
 // list makes a permission known to find. mu is held.
 func (s *permissions) list(p *permission) {
 	s.byKey[p.key()] = append(s.byKey[p.key()], p)
+	s.count.Add(1)
 	if p.Leaves != "" {
 		s.leaving[leavingKey{p.Leaves, p.Proto, p.Client}] = p
 	}
@@ -149,6 +152,7 @@ func (s *permissions) unlist(p *permission) {
 	if i < 0 {
 		return
 	}
+	s.count.Add(-1)
 	if at := (leavingKey{p.Leaves, p.Proto, p.Client}); s.leaving[at] == p {
 		delete(s.leaving, at)
 	}
@@ -254,6 +258,17 @@ func (s *permissions) leads(t flow.Tuple) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.vias[permKey{proto: t.Proto, dst: t.Dst}] > 0
+}
+
+// concern says whether any permission has to do with a flow.
+func (s *permissions) concern(t flow.Tuple) bool {
+	if s.count.Load() == 0 {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	any := permKey{proto: t.Proto, dst: t.Dst}
+	return s.vias[any] > 0 || len(s.byKey[any]) > 0 || len(s.byKey[permKey{t.Proto, t.Src.Addr(), t.Dst}]) > 0
 }
 
 // find gives the permissions that may have let a flow in, oldest first.

@@ -85,6 +85,13 @@ func (s *sessions) find(id uint64) *session {
 	return s.byID[id]
 }
 
+// of gives the session of a client; nil: it has none.
+func (s *sessions) of(client netip.Addr) *session {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.byAddr[client]
+}
+
 // forget takes a session off the way of new flows, and, once it has ended, off
 // the list.
 func (s *sessions) forget(x *session, ended bool) {

@@ -37,9 +37,16 @@ const (
 	Exhausted
 )
 
+// Plain is Kernel for a flow with which no permission, mapping or publication
+// has to do: its translation looks none up. It stands in the packet mark only.
+const Plain Path = 8 | Kernel
+
 var pathNames = [...]string{"drop", "reject", "host-unreachable", "net-unreachable", "port-unreachable", "kernel", "user", "own", "exhausted"}
 
 func (p Path) String() string {
+	if p == Plain {
+		p = Kernel
+	}
 	if int(p) < len(pathNames) {
 		return pathNames[p]
 	}
@@ -99,10 +106,6 @@ func (m Marks) Put(mark uint32, p Path) uint32 { return mark&^m.Mask() | m.Value
 // OneWay is the conntrack mark of a kernel flow whose answers are dropped, with
 // nobody else's bits.
 func (m Marks) OneWay() uint32 { return m.Cut() | m.Value(Reject) }
-
-// Plain is the packet mark of a first packet that a rule of the kernel's own let
-// pass: no permission has to do with its flow. It has nobody else's bits.
-func (m Marks) Plain() uint32 { return m.Cut() | m.Value(Kernel) }
 
 // IsOneWay says whether a conntrack mark is that of such a flow.
 func (m Marks) IsOneWay(mark uint32) bool { return mark&m.Mask() == m.OneWay() }

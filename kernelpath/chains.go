@@ -97,6 +97,7 @@ const (
 	chainRefuse       = "refuse"         // a denial that is told
 	chainBound        = "bound"          // a new kernel flow before it is routed
 	chainHide         = "hide"           // a new kernel flow that leaves
+	chainLeave        = "leave"          // the same, by the network rules alone
 	chainDiscard      = "discard"        // a denial that is not told
 	chainCut          = "cut"            // a living flow that was ended
 	chainNotSyn       = "not_syn"        // TCP that begins in the middle

@@ -41,7 +41,7 @@ const (
 //		meta l4proto { tcp, udp } th dport LEASES fib daddr type local jump around
 //		... (see publish)
 //		fib daddr type { local, broadcast, anycast, multicast } accept
-//		iifname vmap @zones
+//		iifname "lan0" goto from_1 (of each zone; many: iifname vmap @zones)
 //		goto from_0
 //	}
 //
@@ -86,9 +86,7 @@ func (b *builder) arrive() error {
 	b.ifMapped(f)
 	b.ifPublished(f, chainPublished)
 	f.add(toGateway(), accept())
-	if len(b.in.Compiled.Zones) > 1 {
-		f.add(vmap(mapZones, fieldIIfName))
-	}
+	b.byInterface(f, mapZones, func(id int) stmt { return goTo(zoneChain(id)) })
 	f.add(goTo(zoneChain(0)))
 
 	b.reversePath()
@@ -151,7 +149,7 @@ func (b *builder) answers() {
 
 	// No permission has to do with it: translation looks none up.
 	p := b.chain(chainCarryPlain)
-	p.add(setMark(fieldMetaMark, b.Marks.Mask(), b.Marks.Plain()), b.putPath(fieldCtMark, flow.Kernel), accept())
+	p.add(setMark(fieldMetaMark, b.Marks.Mask(), b.mark(flow.Plain)), b.putPath(fieldCtMark, flow.Kernel), accept())
 
 	r := b.chain(chainRefuse)
 	r.add(atMost(logRate, logBurst), report(b.LogGroup, reportDenied))

@@ -129,6 +129,7 @@ func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
 //		... (servers, see publish)
 //	}
 //	chain srcnat {
+//		meta mark and MASK == PLAIN goto leave
 //		ct mark and MASK == K goto hide
 //		ct mark and MASK == ONE WAY goto hide
 //	}
@@ -137,11 +138,11 @@ func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
 //		meta nfproto ipv6 goto hide6
 //		... (servers that see the gateway, see seen)
 //		ct status dnat ... (from a hidden network to itself) (its map, see outMaps) snat ip to ct original ip daddr
-//		... (per network rule) (the map of endpoints, see outMaps) snat, masquerade or accept
+//		goto leave (see leaving)
 //	}
 func (b *builder) translate() error {
 	d := b.base("dstnat", hook{nftables.ChainTypeNAT, "prerouting", nftables.ChainHook(unix.NF_INET_PRE_ROUTING), priorityDstNAT, nftables.ChainPolicyAccept})
-	d.add(masked(fieldMetaMark, b.Marks.Mask(), b.Marks.Plain()), accept())
+	d.add(masked(fieldMetaMark, b.Marks.Mask(), b.mark(flow.Plain)), accept())
 	for _, m := range []uint32{b.mark(flow.Kernel), b.Marks.OneWay(), b.Marks.Stranger()} {
 		d.add(masked(fieldCtMark, b.Marks.Mask(), m), goTo(chainBound))
 	}
@@ -153,6 +154,7 @@ func (b *builder) translate() error {
 	b.ifPublished(bound, chainServers)
 
 	base := b.base("srcnat", hook{nftables.ChainTypeNAT, "postrouting", nftables.ChainHook(unix.NF_INET_POST_ROUTING), prioritySrcNAT, nftables.ChainPolicyAccept})
+	base.add(masked(fieldMetaMark, b.Marks.Mask(), b.mark(flow.Plain)), goTo(chainLeave))
 	for _, m := range []uint32{b.mark(flow.Kernel), b.Marks.OneWay()} {
 		base.add(masked(fieldCtMark, b.Marks.Mask(), m), goTo(chainHide))
 	}
@@ -162,7 +164,7 @@ func (b *builder) translate() error {
 	s.add(ctTranslated(), tcpOrUDP(), jump(chainSeen+ipv4.suffix))
 	six := b.chain(chainHide + ipv6.suffix)
 	b.source(six, ipv6)
-	six.add(maskedNot(fieldMetaMark, b.Marks.Mask(), b.Marks.Plain()), tcpOrUDP(), jump(chainSeen+ipv6.suffix))
+	six.add(tcpOrUDP(), jump(chainSeen+ipv6.suffix))
 	six.add(accept())
 	if err := b.seen(); err != nil {
 		return err
@@ -172,7 +174,27 @@ func (b *builder) translate() error {
 			b.hairpin(s, r)
 		}
 	}
-	for _, r := range b.in.NetworkRules {
+	s.add(goTo(chainLeave))
+	return b.leaving()
+}
+
+// leaving is what the network rules say, the first that matches. An inside
+// endpoint that a permission gives a source of its own has a gate (see
+// setGate); where every endpoint has one, nobody looks for that.
+//
+//	chain leave {
+//		meta nfproto ipv6 accept
+//		meta nfproto ipv4 iifname "lan0" oifname "wan0" goto leave_0
+//	}
+//	chain leave_0 {
+//		meta nfproto ipv4 ip saddr @gate4 meta l4proto { icmp, tcp, udp } snat ip to ENDPOINT map @out4_91b7584a2265b1f5
+//		meta l4proto { tcp, udp } masquerade to :20000-29999
+//		masquerade
+//	}
+func (b *builder) leaving() error {
+	s := b.chain(chainLeave)
+	s.add(is(fieldNFProto, ipv6.nfproto), accept())
+	for i, r := range b.in.NetworkRules {
 		there, ok := b.between(r.From, r.To)
 		if !ok {
 			continue
@@ -184,8 +206,14 @@ func (b *builder) translate() error {
 				s.add(append(back, accept())...)
 			}
 		case policy.NAT:
-			s.add(append(slices.Clone(there), hasEndpoint(), leaveMapped(mapOut(r.Name)))...)
-			b.hide(s, there, func(ports nat.Range) stmt {
+			to := b.chain(fmt.Sprintf("%s_%d", chainLeave, i))
+			s.add(append(there, goTo(to.name))...)
+			mapped := rule{is(fieldNFProto, ipv4.nfproto)}
+			if r.Mapping != policy.MapEndpointIndependent {
+				mapped = append(mapped, in(setGate(ipv4), fieldSaddr4))
+			}
+			to.add(append(mapped, hasEndpoint(), leaveMapped(mapOut(r.Name)))...)
+			b.hide(to, nil, func(ports nat.Range) stmt {
 				if r.Address.IsValid() {
 					return hideBehind(r.Address, ports)
 				}
@@ -199,11 +227,10 @@ func (b *builder) translate() error {
 }
 
 // source gives the flows of permissions with a source address of their own
-// that address. One look-up is what all others pay that a rule did not let pass
-// by itself.
+// that address.
 //
 //	chain hide {
-//		meta mark and MASK != PLAIN meta nfproto ipv4 meta l4proto { tcp, udp } REQUEST vmap @source4
+//		meta nfproto ipv4 meta l4proto { tcp, udp } REQUEST vmap @source4
 //	}
 //	chain source_addr4 {
 //		meta nfproto ipv4 meta l4proto { tcp, udp } snat ip to REQUEST map @source_addr4:20000-29999
@@ -213,7 +240,7 @@ func (b *builder) translate() error {
 //	}
 func (b *builder) source(s *chain, f family) {
 	family := is(fieldNFProto, f.nfproto)
-	s.add(maskedNot(fieldMetaMark, b.Marks.Mask(), b.Marks.Plain()), family, tcpOrUDP(), vmap(mapSource(f), f.request()...))
+	s.add(family, tcpOrUDP(), vmap(mapSource(f), f.request()...))
 	b.chain(mapSourceAddr(f)).add(family, tcpOrUDP(), leaveFromAddress(f, mapSourceAddr(f), b.Ranges.Kernel))
 	b.chain(mapSourcePort(f)).add(family, tcpOrUDP(), leaveFrom(f, mapSourcePort(f)))
 }

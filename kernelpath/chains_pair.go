@@ -49,9 +49,6 @@ func (b *builder) pairs() error {
 		}
 		return goTo(chainDiscard)
 	}
-	if len(c.Zones) > 1 {
-		b.zoneMap(mapZones, func(id int) stmt { return goTo(zoneChain(id)) })
-	}
 	for in := range max(1, len(c.Zones)) {
 		f := b.chain(zoneChain(in))
 		var branches []branch
@@ -90,6 +87,33 @@ func checkZones(zones []policy.Zone) error {
 		}
 	}
 	return nil
+}
+
+// fewInterfaces are compared with one after the other, which costs a first packet
+// less than looking one of them up.
+const fewInterfaces = 4
+
+// byInterface leads from the interface a packet came from to the chain of its
+// zone: by comparisons, or by a map of that name.
+func (b *builder) byInterface(c *chain, name string, to func(id int) stmt) {
+	zones := b.in.Compiled.Zones
+	if len(zones) <= 1 {
+		return
+	}
+	n := 0
+	for _, z := range zones {
+		n += len(z.Interfaces)
+	}
+	if n > fewInterfaces {
+		b.zoneMap(name, to)
+		c.add(vmap(name, fieldIIfName))
+		return
+	}
+	for _, z := range zones[1:] {
+		for _, i := range z.Interfaces {
+			c.add(is(fieldIIfName, ifNameValue(i)), to(z.ID))
+		}
+	}
 }
 
 // zoneMap is a verdict map from the names of all zones but zone 0.

@@ -18,8 +18,9 @@ func setToken(f family) string     { return "token" + f.suffix }
 func mapBind(f family) string      { return "bind" + f.suffix }
 func setVia(f family) string       { return "via" + f.suffix }
 
-// setGate has the destinations of all permissions, and of some that have gone:
-// whoever goes elsewhere, which is nearly everybody, is spared the look-ups.
+// setGate has the destinations of all permissions, and of some that have gone,
+// and the clients that permissions give a source. Nearly everybody goes elsewhere,
+// is nobody of these, and is spared the look-ups.
 func setGate(f family) string { return "gate" + f.suffix }
 
 // The maps of source addresses, whose key is the first packet's; and the two

@@ -15,7 +15,7 @@ import (
 // base chain of its own, which every other packet would pass, waits for it.
 //
 //	chain judged {
-//		meta mark and MASK vmap { reject : goto refuse_marked, ..., exhausted : goto exhausted, K : goto carry_first, U : goto take_first }
+//		meta mark and MASK vmap { reject : goto refuse_marked, ..., exhausted : goto exhausted, K : goto carry_first, PLAIN : goto carry_plain, U : goto take_first }
 //	}
 func (b *builder) judged() error {
 	s := b.chain(chainJudged)
@@ -27,6 +27,7 @@ func (b *builder) judged() error {
 		on(flow.PortUnreachable, goTo("port_unreachable")),
 		on(flow.Exhausted, goTo("exhausted")),
 		on(flow.Kernel, goTo(chainCarryFirst)),
+		on(flow.Plain, goTo(chainCarryPlain)),
 		on(flow.User, goTo(chainTakeFirst)),
 	}))
 

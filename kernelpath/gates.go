@@ -1,13 +1,15 @@
 package kernelpath
 
 import (
+	"net/netip"
 	"time"
 
 	"github.com/sluicegw/sluice/nat"
 )
 
 // gates is the owner goroutine's record of the sets of that name (setGate): the
-// destinations that the first packets of permitted flows go to, and until when
+// destinations that the first packets of permitted flows go to, the clients
+// whose flows leave from an endpoint of their permission, and until when
 // they are in the kernel; zero: for ever.
 //
 // A gate lets nobody in; it only has those packets looked at. So it may stay
@@ -31,14 +33,22 @@ const gateLasts = 10 * time.Minute
 
 func newGates() gates { return gates{until: map[slotKey]time.Time{}} }
 
-// open has a permission's destination looked at.
+// open has a permission's destination looked at, and what its client sends if
+// that has a source of its own.
 func (g *gates) open(p nat.Permission, now time.Time) {
 	to, err := destinationOf(p)
 	if err != nil {
 		return
 	}
-	raw := to.Addr().AsSlice()
-	k := slotKey{setGate(familyOf(to.Addr().Is6())), string(raw)}
+	g.openFor(to.Addr(), p, now)
+	if p.Leaves != "" {
+		g.openFor(p.Client.Addr(), p, now)
+	}
+}
+
+func (g *gates) openFor(a netip.Addr, p nat.Permission, now time.Time) {
+	raw := a.AsSlice()
+	k := slotKey{setGate(familyOf(a.Is6())), string(raw)}
 	var until time.Time
 	if p.Timeout > 0 {
 		until = now.Add(p.Timeout)
@@ -55,7 +65,7 @@ func (g *gates) open(p nat.Permission, now time.Time) {
 	if g.opening == nil {
 		g.opening = map[slotKey]opening{}
 	}
-	g.opening[k] = opening{element{text: to.Addr().String(), key: raw}, until}
+	g.opening[k] = opening{element{text: a.String(), key: raw}, until}
 }
 
 // covers says whether a gate that is open until have is open until want.

@@ -166,6 +166,18 @@ func (r *Routes) Lookup(dst netip.Addr) (iface string, source netip.Addr, local 
 	return a.iface, a.source, a.local, a.err
 }
 
+// Known is Lookup for what the cache has; ok is false for all else.
+func (r *Routes) Known(dst netip.Addr) (iface string, local, ok bool) {
+	cache := r.routes.Load()
+	if cache == nil {
+		return "", false, false
+	}
+	cache.mu.RLock()
+	defer cache.mu.RUnlock()
+	a, ok := cache.byAddr[dst.Unmap()]
+	return a.iface, a.local, ok && a.err == nil
+}
+
 // AddressOf gives the first address of an interface that others may know, of a
 // family.
 func (r *Routes) AddressOf(iface string, is6 bool) (netip.Addr, error) {

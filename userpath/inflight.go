@@ -92,9 +92,11 @@ const shards = 16
 type table struct {
 	shards [shards]shard
 	// live counts the flows that wait for an answer.
-	live  atomic.Int64
-	limit int64
-	start time.Time
+	live atomic.Int64
+	// entries counts the answered ones, too.
+	entries atomic.Int64
+	limit   int64
+	start   time.Time
 	// kick wakes the sweeper when there is something to sweep.
 	kick chan struct{}
 }
@@ -125,6 +127,17 @@ func (t *table) shard(tuple flow.Tuple) *shard {
 	src, dst := tuple.Src.Addr().As16(), tuple.Dst.Addr().As16()
 	h := tuple.Src.Port() ^ tuple.Dst.Port() ^ tuple.Src.Port()>>8 ^ uint16(src[15]) ^ uint16(dst[15])
 	return &t.shards[(h^h>>4)%shards]
+}
+
+// knows says whether a flow is under judgement, or was a moment ago.
+func (t *table) knows(tuple flow.Tuple) bool {
+	if t.entries.Load() == 0 {
+		return false
+	}
+	s := t.shard(tuple)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.flows[tuple] != nil
 }
 
 // arrival is what became of a packet that came from a fast queue.
@@ -162,6 +175,7 @@ func (t *table) arrive(p flow.Packet, h heldPacket, open bool, now time.Duration
 	f := &inflight{packet: p, shard: s, open: open, born: now}
 	f.held = append(f.first[:0], h)
 	s.flows[p.Tuple] = f
+	t.entries.Add(1)
 	s.fresh.push(f)
 	if t.live.Add(1) == 1 {
 		t.wake()
@@ -239,6 +253,7 @@ func (f *inflight) forgetLocked() {
 	f.held, f.moving = nil, 0
 	f.in.remove(f)
 	delete(f.shard.flows, f.packet.Tuple)
+	f.shard.table.entries.Add(-1)
 	if f.dial != nil {
 		f.dial.Lost()
 		f.dial = nil

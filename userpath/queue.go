@@ -35,7 +35,14 @@ type QueueConfig struct {
 	// Decide judges a first packet. It runs on a pool and may block until its
 	// context's deadline; after it the flow is dropped and a late answer
 	// counts for nothing (a late takeover is ended).
-	Decide    func(context.Context, flow.Packet) engine.Decision
+	Decide func(context.Context, flow.Packet) engine.Decision
+	// DecideNow judges a first packet where it is read, if that can be done
+	// without waiting; what is not ok goes to Decide. nil: everything does.
+	DecideNow func(flow.Packet) (path flow.Path, ok bool)
+	// Segments is for rules that queue every packet of a flow: then TCP segments
+	// that do not open a connection are shown to DecideNow, too, and dropped if
+	// it has no answer. Else they are dropped at once.
+	Segments  bool
 	Takeovers Takeovers
 	// IfaceName names the interface of an index; it must be quick.
 	IfaceName func(index int) string

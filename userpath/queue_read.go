@@ -172,7 +172,8 @@ func (r *reader) packet(body []byte) {
 		return // without an id there is nothing to answer
 	}
 	tuple, flags, ok := flow.ParsePacket(m.payload)
-	if !ok || tuple.Proto == flow.TCP && flags&synFlags != flow.FlagSYN {
+	opens := tuple.Proto != flow.TCP || flags&synFlags == flow.FlagSYN
+	if !ok || !opens && !r.q.cfg.Segments {
 		r.q.count.malformed.Add(1)
 		r.v.drop(h)
 		return
@@ -183,6 +184,20 @@ func (r *reader) packet(body []byte) {
 	}
 	p := flow.Packet{Tuple: tuple, Mark: m.mark, InIface: r.q.cfg.IfaceName(int(m.inDev))}
 	open := r.x.kind == openQueue
+	// Most flows end here: no filter hears of them, and waking a worker would
+	// cost more than their decision. Nothing is kept of them; a packet that was
+	// queued behind the first is decided alike.
+	if r.q.cfg.DecideNow != nil && !r.q.table.knows(tuple) {
+		if path, ok := r.q.cfg.DecideNow(p); ok {
+			r.q.count.decisions.Add(1)
+			r.v.path(h, path)
+			return
+		}
+	}
+	if !opens {
+		r.v.drop(h)
+		return
+	}
 	f, what, path := r.q.table.arrive(p, h, open, r.now, r.q.cfg.MaxHeld)
 	switch what {
 	case arrivalNew:

@@ -32,7 +32,7 @@ const maxVerdicts = 32
 // everything else drops.
 func pathVerdict(p flow.Path) uint32 {
 	switch p {
-	case flow.Kernel, flow.User, flow.Reject, flow.HostUnreachable, flow.NetUnreachable, flow.PortUnreachable, flow.Exhausted:
+	case flow.Kernel, flow.User, flow.Reject, flow.HostUnreachable, flow.NetUnreachable, flow.PortUnreachable, flow.Exhausted, flow.Plain:
 		return nfRepeat
 	}
 	return nfDrop

@@ -55,7 +55,7 @@ func TestEndsAreDistinct(t *testing.T) {
 }
 
 func TestBatchAddressesPackets(t *testing.T) {
-	b := newBatch(5003)
+	b := newBatch(5003, smallPacket)
 	b.fill(70, 70, newFlows)
 	for i, p := range b.packets {
 		client, server, sport := ends(70 + uint32(i))
@@ -73,7 +73,7 @@ func TestBatchAddressesPackets(t *testing.T) {
 		}
 	}
 	b.fill(70, 70, oneFlow)
-	if b.packets[0] != b.packets[sendmmsgMany-1] {
+	if !bytes.Equal(b.packets[0], b.packets[sendmmsgMany-1]) {
 		t.Error("packets of one flow differ")
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 // stand is everything that is measured, in lanes that stand side by side.
@@ -14,10 +15,11 @@ type stand struct {
 	lanes []*lane
 
 	sluice, bare, proxy *lane
-	// relay passes datagrams in user space.
-	relay *lane
-	// mapped is Sluice with endpoint-independent mapping.
-	mapped *lane
+	relay               *lane // passes datagrams in user space
+	mapped              *lane // Sluice with endpoint-independent mapping
+	many                *lane // Sluice with very many rules
+	c, callback         *lane // what accepts each first packet
+	loop                *lane // what reads and releases every packet
 	// other* take Sluice's place in a self-check.
 	otherBare, otherProxy *lane
 }
@@ -46,10 +48,25 @@ func newStand(ctx context.Context, o options) (*stand, error) {
 	if s.relay, err = s.lane("relay", func(l *lane) error { return s.startRelay(ctx, l) }); err != nil {
 		return s, err
 	}
-	if s.sluice, err = s.lane("sluice", func(l *lane) error { return s.startSluice(ctx, l, o.gateway, gatewayConfig) }); err != nil {
+	sluice := func(name, config string) (*lane, error) {
+		return s.lane(name, func(l *lane) error { return s.startSluice(ctx, l, o.gateway, config) })
+	}
+	if s.sluice, err = sluice("sluice", gatewayConfig); err != nil {
 		return s, err
 	}
-	s.mapped, err = s.lane("sluice, mapping endpoints", func(l *lane) error { return s.startSluice(ctx, l, o.gateway, mappedConfig) })
+	if s.many, err = sluice("sluice, 10,000 rules", manyRules(gatewayConfig, 100)); err != nil {
+		return s, err
+	}
+	if s.mapped, err = sluice("sluice, mapping endpoints", mappedConfig); err != nil {
+		return s, err
+	}
+	if s.c, err = s.queueLane("libnetfilter_queue", firstRules, s.startC(ctx, o.accept)); err != nil {
+		return s, err
+	}
+	if s.callback, err = s.queueLane("go-nfqueue", firstRules, s.startRole(ctx, roleCallback)); err != nil {
+		return s, err
+	}
+	s.loop, err = s.queueLane("queue loop", everyRules, s.startRole(ctx, roleLoop))
 	return s, err
 }
 
@@ -144,7 +161,9 @@ func (s *stand) startHAProxy(ctx context.Context, l *lane) error {
 	return l.daemon.await(ctx, func([]byte) bool { return listens(l.gw, "127.0.0.1:3129") })
 }
 
-// gatewayConfig has one rule for each way that a flow can take.
+// gatewayConfig has one rule for each way that a flow can take. What is judged
+// has a filter bound that wants no event of its kind: the rules decide, in user
+// space.
 const gatewayConfig = `
 networks:
   lan: {interfaces: [lan0]}
@@ -153,12 +172,16 @@ network_rules:
   - {name: internet, from: lan, to: wan, relation: nat}
 protocols:
   decided: {tcp: 5000-5099, udp: 5000-5099}
-  judged: {tcp: 5100-5199, udp: 5100-5199, filter: probe}
+  judged_tcp: {tcp: 5100-5199, filter: tftp}
+  judged_udp: {udp: 5100-5199, filter: ftp}
   carried: {tcp: 5200-5299, udp: 5200-5299}
+  heard: {tcp: 5300-5399, udp: 5300-5399, filter: probe}
   filtered: {tcp: 5400-5499, filter: probe}
 rules:
   - {name: kernel, action: allow, from: lan, to: wan, protocols: decided}
-  - {name: queued, action: allow, from: lan, to: wan, protocols: judged, filters: {probe: {}}}
+  - {name: queued-tcp, action: allow, from: lan, to: wan, protocols: judged_tcp, filters: {tftp: {}}}
+  - {name: queued-udp, action: allow, from: lan, to: wan, protocols: judged_udp, filters: {ftp: {}}}
+  - {name: heard, action: allow, from: lan, to: wan, protocols: heard, filters: {probe: {}}}
   - {name: user, action: allow, from: lan, to: wan, protocols: carried, no_kernel_mode: true}
   - {name: filtered, action: allow, from: lan, to: wan, protocols: filtered, filters: {probe: {pass: true}}}
 log: {format: json}
@@ -180,6 +203,23 @@ ports: {kernel: 1024-2047, leases: 2048-32767, quota: 65535, quarantine: 0}
 log: {format: json}
 control: {socket: %s}
 `
+
+// manyRules adds rules before those of the bench, n of each of n networks: none
+// of them matches a flow of the bench.
+func manyRules(config string, n int) string {
+	var networks, protocols, rules strings.Builder
+	for i := range n {
+		fmt.Fprintf(&networks, "  h%d: {prefixes: [10.128.%d.0/24]}\n", i, i)
+		fmt.Fprintf(&protocols, "  p%d: {tcp: %d, udp: %d}\n", i, 20000+i, 20000+i)
+		for j := range n {
+			fmt.Fprintf(&rules, "  - {name: r%d-%d, action: allow, from: h%d, to: wan, protocols: p%d}\n", i, j, i, j)
+		}
+	}
+	for section, more := range map[string]string{"networks": networks.String(), "protocols": protocols.String(), "rules": rules.String()} {
+		config = strings.Replace(config, "\n"+section+":\n", "\n"+section+":\n"+more, 1)
+	}
+	return config
+}
 
 func (s *stand) startSluice(ctx context.Context, l *lane, program, config string) error {
 	path := filepath.Join(s.dir, l.gw+".yaml")

@@ -1,6 +1,9 @@
 // Command bench measures what the gateway costs, as ratios between it and a
 // baseline that does the same work: a bare nft masquerade ruleset for flows of
-// the kernel, HAProxy in transparent TCP mode for flows of user space.
+// the kernel; for those whose first packet is queued also a C program on
+// libnetfilter_queue (accept/accept.c) and go-nfqueue's own callback API, which accept
+// each packet with a mark and decide nothing; HAProxy in transparent TCP mode
+// for flows of user space.
 //
 // Every gateway stands in a lane of its own, three network namespaces in a row:
 //
@@ -27,6 +30,8 @@ import (
 
 type options struct {
 	gateway   string
+	accept    string
+	role      string
 	rounds    int
 	length    time.Duration
 	only      string
@@ -40,6 +45,8 @@ type options struct {
 func main() {
 	var o options
 	flag.StringVar(&o.gateway, "gateway", "", "the gateway's program, built with -tags probe")
+	flag.StringVar(&o.accept, "accept", "", "the program made of accept/accept.c")
+	flag.StringVar(&o.role, "role", "", "for the bench's own use")
 	flag.IntVar(&o.rounds, "rounds", 7, "rounds of each case, at least 5")
 	flag.DurationVar(&o.length, "length", time.Second, "length of one round of one lane")
 	flag.StringVar(&o.only, "only", "", "only the cases whose name contains this")
@@ -53,6 +60,13 @@ func main() {
 	if *asRelay {
 		fmt.Fprintln(os.Stderr, "bench: "+relay().Error())
 		os.Exit(2)
+	}
+	if o.role != "" {
+		if err := play(o.role); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: "+err.Error())
+			os.Exit(2)
+		}
+		return
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM, unix.SIGHUP)
 	// Who reads the output may leave early; that must not keep us from cleaning up.
@@ -80,8 +94,8 @@ func run(ctx context.Context, o options) (met bool, err error) {
 		return false, errors.New("the length of a round is 100ms to 5s")
 	case os.Geteuid() != 0:
 		return false, errors.New("needs root, for network namespaces")
-	case o.gateway == "" && !o.selfCheck:
-		return false, errors.New("-gateway is missing: start it as scripts/bench")
+	case (o.gateway == "" || o.accept == "") && !o.selfCheck:
+		return false, errors.New("-gateway or -accept is missing: start it as scripts/bench")
 	}
 	if o.size {
 		return sizes(ctx, o)

@@ -14,6 +14,7 @@ type benchCase struct {
 	unit     string
 	scale    float64 // units of the row to one of the load
 	expect   float64 // least median ratio; 0: for information
+	most     float64 // instead: greatest ratio of the load's time, or without a scale of the daemons'
 	baseline string
 	of, than *lane // the gateway, the baseline
 	load     func(*lane) (amount, error)
@@ -35,26 +36,52 @@ func (s *stand) cases(length time.Duration) []benchCase {
 		return func(l *lane) (amount, error) { return connect(l, p, k, length) }
 	}
 	udp := func(p path) func(*lane) (amount, error) {
-		return func(l *lane) (amount, error) { return datagrams(l, p, burstFlows, length, newFlows) }
+		return func(l *lane) (amount, error) { return datagrams(l, p, burstFlows, smallPacket, length, newFlows) }
 	}
-	packets := func(l *lane) (amount, error) { return datagrams(l, decided, math.MaxInt32, length, oneFlow) }
-	passed := func(l *lane) (amount, error) { return datagrams(l, carried, math.MaxInt32, length, oneKnownFlow) }
-	endpoint := func(l *lane) (amount, error) { return datagrams(l, decided, burstFlows, length, oneEndpoint) }
-	endpoints := func(l *lane) (amount, error) { return datagrams(l, decided, burstEndpoints, length, newEndpoints) }
-	const bare, proxy = "nft masquerade", "HAProxy"
+	packets := func(p path, size int) func(*lane) (amount, error) {
+		return func(l *lane) (amount, error) { return datagrams(l, p, math.MaxInt32, size, length, oneFlow) }
+	}
+	passed := func(l *lane) (amount, error) {
+		return datagrams(l, carried, math.MaxInt32, smallPacket, length, oneKnownFlow)
+	}
+	endpoint := func(l *lane) (amount, error) {
+		return datagrams(l, decided, burstFlows, smallPacket, length, oneEndpoint)
+	}
+	endpoints := func(l *lane) (amount, error) {
+		return datagrams(l, decided, burstEndpoints, smallPacket, length, newEndpoints)
+	}
+	waiting := func(percent int) func(*lane) (amount, error) {
+		return func(l *lane) (amount, error) { return latency(l, judged, percent, length) }
+	}
+	const bare, proxy, c, callback = "nft masquerade", "HAProxy", "C, libnetfilter_queue", "go-nfqueue's callbacks"
+	flows, conns, first := udp(judged), tcp(judged, silent), "(c) first packet queued: "
 	list := []benchCase{
-		{"(a) kernel flow: throughput", "Gbit/s", bits, 0.95, bare, s.sluice, s.bare, rate(decided)},
-		{"(a) kernel flow: small packets", "1000/s", each, 0, bare, s.sluice, s.bare, packets},
-		{"(b) decided by the kernel: TCP connections", "1000/s", each, 0.95, bare, s.sluice, s.bare, tcp(decided, silent)},
-		{"(b) decided by the kernel: UDP flows", "1000/s", each, 0.95, bare, s.sluice, s.bare, udp(decided)},
-		{"(c) queued: TCP connections", "1000/s", each, 0, bare, s.sluice, s.bare, tcp(judged, silent)},
-		{"(c) queued: UDP flows", "1000/s", each, 0.35, bare, s.sluice, s.bare, udp(judged)},
-		{"(d) user path: throughput", "Gbit/s", bits, 1, proxy, s.sluice, s.proxy, rate(carried)},
-		{"(d) user path: throughput, with one data filter", "Gbit/s", bits, 0.8, proxy, s.sluice, s.proxy, rate(filtered)},
-		{"(d) user path: TCP connections", "1000/s", each, 1, proxy, s.sluice, s.proxy, tcp(carried, greet)},
-		{"(d) user path: UDP packets of one flow", "1000/s", each, 0.8, "recvmmsg and sendmmsg", s.sluice, s.relay, passed},
-		{"(e) endpoint-independent mapping: new UDP flows, same endpoint", "1000/s", each, 0, bare, s.mapped, s.bare, endpoint},
-		{"(e) endpoint-independent mapping: new UDP flows, new endpoints", "1000/s", each, 0, bare, s.mapped, s.bare, endpoints},
+		{"(a) kernel flow: TCP", "Gbit/s", bits, 0.98, 0, bare, s.sluice, s.bare, rate(decided)},
+		{"(a) kernel flow: packets of 64 bytes", "1000/s", each, 0.98, 0, bare, s.sluice, s.bare, packets(decided, smallPacket)},
+		{"(a) kernel flow: packets of 1400 bytes", "1000/s", each, 0.98, 0, bare, s.sluice, s.bare, packets(decided, largePacket)},
+		{"(b) decided by the kernel: TCP connections", "1000/s", each, 0.95, 0, bare, s.sluice, s.bare, tcp(decided, silent)},
+		{"(b) decided by the kernel: UDP flows", "1000/s", each, 0.95, 0, bare, s.sluice, s.bare, udp(decided)},
+		{"(b) the same among 10,000 rules: TCP connections", "1000/s", each, 0.95, 0, bare, s.many, s.bare, tcp(decided, silent)},
+		{"(b) the same among 10,000 rules: UDP flows", "1000/s", each, 0.95, 0, bare, s.many, s.bare, udp(decided)},
+		{first + "UDP flows", "1000/s", each, 0.5, 0, bare, s.sluice, s.bare, flows},
+		{first + "UDP flows", "1000/s", each, 1, 0, c, s.sluice, s.c, flows},
+		{first + "UDP flows", "1000/s", each, 2, 0, callback, s.sluice, s.callback, flows},
+		{first + "TCP connections", "1000/s", each, 0, 0, bare, s.sluice, s.bare, conns},
+		{first + "TCP connections", "1000/s", each, 0, 0, c, s.sluice, s.c, conns},
+		{first + "daemon's time for a UDP flow", "µs", 0, 0, 1.2, c, s.sluice, s.c, flows},
+		{first + "daemon's time for a TCP connection", "µs", 0, 0, 1.2, c, s.sluice, s.c, conns},
+		{"(c) a filter hears of the first packet: UDP flows", "1000/s", each, 0, 0, bare, s.sluice, s.bare, udp(heard)},
+		{"(c) a filter hears of the first packet: TCP connections", "1000/s", each, 0, 0, bare, s.sluice, s.bare, tcp(heard, silent)},
+		{"(c) time until a connection stands: p50", "µs", each, 0, 1.2, c, s.sluice, s.c, waiting(50)},
+		{"(c) time until a connection stands: p99", "µs", each, 0, 1.2, c, s.sluice, s.c, waiting(99)},
+		{"(c) every packet queued: TCP", "Gbit/s", bits, 0.8, 0, "not queued", s.loop, s.bare, rate(judged)},
+		{"(c) every packet queued: packets of 64 bytes", "1000/s", each, 0, 0, "not queued", s.loop, s.bare, packets(judged, smallPacket)},
+		{"(d) user path: throughput", "Gbit/s", bits, 1, 0, proxy, s.sluice, s.proxy, rate(carried)},
+		{"(d) user path: throughput, with one data filter", "Gbit/s", bits, 0.8, 0, proxy, s.sluice, s.proxy, rate(filtered)},
+		{"(d) user path: TCP connections", "1000/s", each, 1, 0, proxy, s.sluice, s.proxy, tcp(carried, greet)},
+		{"(d) user path: UDP packets of one flow", "1000/s", each, 0.8, 0, "recvmmsg and sendmmsg", s.sluice, s.relay, passed},
+		{"(e) endpoint-independent mapping: new UDP flows, same endpoint", "1000/s", each, 0, 0, bare, s.mapped, s.bare, endpoint},
+		{"(e) endpoint-independent mapping: new UDP flows, new endpoints", "1000/s", each, 0, 0, bare, s.mapped, s.bare, endpoints},
 	}
 	if s.sluice != nil {
 		return list
@@ -74,10 +101,15 @@ func (s *stand) cases(length time.Duration) []benchCase {
 // sample is one measurement of one lane.
 type sample struct {
 	Rate float64 `json:"rate"`
-	// CPU is the daemon's processor time in microseconds, until it has come to
-	// rest, so that the end of the flows is in it: for each connection, flow,
-	// packet, or megabyte.
+	// Time is the load's for each unit, in microseconds.
+	Time float64 `json:"us"`
+	// CPU is the daemon's processor time in microseconds for each connection,
+	// flow, packet, or megabyte, while they went on, and what the kernel did for
+	// a packet that it released in it.
 	CPU float64 `json:"daemon_cpu_us"`
+	// Rest is the time from then on until the daemon had come to rest: the end
+	// of the flows, and their log.
+	Rest float64 `json:"daemon_rest_us"`
 }
 
 // result is a case's rounds.
@@ -117,15 +149,29 @@ func measure(ctx context.Context, c benchCase, o options) (result, error) {
 		}
 		r.Of = append(r.Of, of.sample(c))
 		r.Than = append(r.Than, than.sample(c))
-		r.Ratios = append(r.Ratios, of.rate()/than.rate())
+		r.Ratios = append(r.Ratios, c.ratio(of.sample(c), than.sample(c)))
 	}
 	return r, nil
+}
+
+// ratio of what the case compares.
+func (c benchCase) ratio(of, than sample) float64 { return c.figure(of) / c.figure(than) }
+
+// figure is what the case compares: the rate, the load's time, or the daemon's.
+func (c benchCase) figure(s sample) float64 {
+	switch {
+	case c.most > 0 && c.scale > 0:
+		return s.Time
+	case c.most > 0:
+		return s.CPU
+	}
+	return s.Rate
 }
 
 // total is what the turns of a lane in one round add up to.
 type total struct {
 	amount
-	cpu time.Duration
+	cpu, rest time.Duration
 }
 
 func (t *total) sample(c benchCase) sample {
@@ -133,7 +179,7 @@ func (t *total) sample(c benchCase) sample {
 	if c.scale == bits {
 		units /= 1e6
 	}
-	return sample{Rate: t.rate() * c.scale, CPU: float64(t.cpu.Microseconds()) / units}
+	return sample{Rate: t.rate() * c.scale, Time: 1e6 / t.rate(), CPU: float64(t.cpu.Microseconds()) / units, Rest: float64(t.rest.Microseconds()) / units}
 }
 
 // take measures one turn.
@@ -149,13 +195,18 @@ func (t *total) take(c benchCase, l *lane) error {
 		}
 		return err
 	}
+	after, err := l.cpu()
+	if err != nil {
+		return err
+	}
 	if err := l.forget(); err != nil {
 		return err
 	}
-	after, err := l.cpu()
+	rested, err := l.cpu()
 	t.units += a.units
 	t.time += a.time
 	t.cpu += after - before
+	t.rest += rested - after
 	return err
 }
 
@@ -168,10 +219,11 @@ func median(list []float64) float64 {
 	return s[len(s)/2]
 }
 
-func rates(list []sample) []float64 {
+// figures are what the case compares.
+func (c benchCase) figures(list []sample) []float64 {
 	out := make([]float64, len(list))
 	for i, s := range list {
-		out[i] = s.Rate
+		out[i] = c.figure(s)
 	}
 	return out
 }

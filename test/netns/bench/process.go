@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -93,13 +94,26 @@ func (p *process) settle() error {
 	return os.Truncate(p.log, 0)
 }
 
-// cpu is the processor time that the daemon has used so far, in steps of 10 ms.
-func (p *process) cpu() (time.Duration, error) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+// cpu is the processor time that the daemon and its children have used so far,
+// in steps of 10 ms.
+func (p *process) cpu() (sum time.Duration, err error) {
+	pid := strconv.Itoa(p.cmd.Process.Pid)
+	children, err := os.ReadFile(filepath.Join("/proc", pid, "task", pid, "children"))
 	if err != nil {
 		return 0, fmt.Errorf("the daemon has gone: %w: %s", err, tail(p.log))
 	}
-	return cpuOf(stat)
+	for _, pid := range append(strings.Fields(string(children)), pid) {
+		stat, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
+		if err != nil {
+			return 0, fmt.Errorf("the daemon has gone: %w: %s", err, tail(p.log))
+		}
+		used, err := cpuOf(stat)
+		if err != nil {
+			return 0, err
+		}
+		sum += used
+	}
+	return sum, nil
 }
 
 // cpuOf reads utime and stime, proc(5): fields 14 and 15, counted behind the

@@ -25,6 +25,7 @@ type row struct {
 	Min      float64 `json:"ratio_min"`
 	Max      float64 `json:"ratio_max"`
 	Expect   float64 `json:"expected,omitempty"` // at least; absent: for information
+	Most     float64 `json:"at_most,omitempty"`  // instead
 	Met      bool    `json:"met"`
 	Samples  result  `json:"samples"`
 }
@@ -49,11 +50,11 @@ func newReport(o options) *report {
 
 func (r *report) add(c benchCase, got result) row {
 	x := row{
-		Case: c.name, Unit: c.unit, Baseline: c.baseline, Expect: c.expect, Samples: got,
-		Sluice: median(rates(got.Of)), Than: median(rates(got.Than)),
+		Case: c.name, Unit: c.unit, Baseline: c.baseline, Expect: c.expect, Most: c.most, Samples: got,
+		Sluice: median(c.figures(got.Of)), Than: median(c.figures(got.Than)),
 		Ratio: median(got.Ratios), Min: slices.Min(got.Ratios), Max: slices.Max(got.Ratios),
 	}
-	x.Met = x.Ratio >= x.Expect
+	x.Met = x.Ratio >= x.Expect && (x.Most == 0 || x.Ratio <= x.Most)
 	if r.SelfCheck {
 		x.Met = x.Met && x.Ratio <= 1/selfCheckLeast
 	}
@@ -93,6 +94,8 @@ func (r *report) table() string {
 
 func (x row) expectation(selfCheck bool) string {
 	switch {
+	case x.Most > 0:
+		return fmt.Sprintf("<= %.2f, %s", x.Most, verdict(x.Met))
 	case x.Expect == 0:
 		return "-"
 	case selfCheck:

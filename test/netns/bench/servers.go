@@ -26,8 +26,9 @@ type path uint16
 
 const (
 	decided path = 5000 // by a rule that the kernel decides
-	judged  path = 5100 // by a rule whose first packets are queued
+	judged  path = 5100 // by a rule whose first packets are queued, and nobody hears of
 	carried path = 5200 // by a rule that keeps flows in user space
+	heard   path = 5300 // by a rule whose first packets a filter hears of
 	// filtered flows pass a data filter that hands everything on.
 	filtered path = 5400
 )
@@ -47,7 +48,7 @@ type servers struct {
 func startServers(l *lane) (*servers, error) {
 	s := &servers{sinks: map[uint16]int{}}
 	err := inside(l.srv, func() error {
-		for _, p := range []path{decided, judged, carried, filtered} {
+		for _, p := range []path{decided, judged, carried, heard, filtered} {
 			for k := range kinds {
 				if err := s.open(p.port(k), k); err != nil {
 					return err

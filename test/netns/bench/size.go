@@ -254,10 +254,10 @@ func growth(l *lane, n int) (rates []float64, err error) {
 	made := 0
 	for _, share := range shares {
 		timed := min(n/share/5, 20_000)
-		if _, err := datagrams(l, decided, n/share-made-timed, time.Minute, newFlows); err != nil {
+		if _, err := datagrams(l, decided, n/share-made-timed, smallPacket, time.Minute, newFlows); err != nil {
 			return nil, err
 		}
-		a, err := datagrams(l, decided, timed, time.Minute, newFlows)
+		a, err := datagrams(l, decided, timed, smallPacket, time.Minute, newFlows)
 		if err != nil {
 			return nil, err
 		}

@@ -13,7 +13,7 @@ import (
 // datagrams sends UDP datagrams through a raw socket, many in one call, and
 // counts them where they arrive. It never has more under way than the window:
 // what a gateway's queue cannot hold would be dropped, and dropping is cheap.
-func datagrams(l *lane, p path, n int, length time.Duration, of flows) (a amount, err error) {
+func datagrams(l *lane, p path, n, size int, length time.Duration, of flows) (a amount, err error) {
 	sinkFD := l.servers.sinks[p.port(sink)]
 	err = inside(l.client, func() error {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
@@ -25,7 +25,7 @@ func datagrams(l *lane, p path, n int, length time.Duration, of flows) (a amount
 		if err != nil {
 			return err
 		}
-		b := newBatch(p.port(sink))
+		b := newBatch(p.port(sink), size)
 		serial := l.next(n + sendmmsgMany)
 		if of.warm {
 			if first, err = b.introduce(fd, serial, of, sinkFD); err != nil {
@@ -71,7 +71,11 @@ func datagrams(l *lane, p path, n int, length time.Duration, of flows) (a amount
 	return a, err
 }
 
-const packetSize = 20 + 8 + 18 // IPv4, UDP, the smallest frame's payload
+// Sizes of packets from the IPv4 header on: 64 and 1400 bytes on the wire.
+const (
+	smallPacket = 64 - 14 - 4
+	largePacket = 1400 - 14 - 4
+)
 
 // mmsghdr is recvmmsg(2)'s.
 type mmsghdr struct {
@@ -82,20 +86,21 @@ type mmsghdr struct {
 
 // batch is what one sendmmsg takes.
 type batch struct {
-	packets [sendmmsgMany][packetSize]byte
+	packets [sendmmsgMany][]byte
 	vectors [sendmmsgMany]unix.Iovec
 	to      [sendmmsgMany]unix.RawSockaddrInet4
 	headers [sendmmsgMany]mmsghdr
 }
 
-func newBatch(port uint16) *batch {
+func newBatch(port uint16, size int) *batch {
 	b := &batch{}
 	for i := range b.packets {
-		p := &b.packets[i]
+		p := make([]byte, size)
+		b.packets[i] = p
 		p[0], p[8], p[9] = 0x45, 64, unix.IPPROTO_UDP // the kernel fills in length and checksum, raw(7)
 		binary.BigEndian.PutUint16(p[22:], port)
-		binary.BigEndian.PutUint16(p[24:], packetSize-20)
-		b.vectors[i] = unix.Iovec{Base: &p[0], Len: packetSize}
+		binary.BigEndian.PutUint16(p[24:], uint16(size-20))
+		b.vectors[i] = unix.Iovec{Base: &p[0], Len: uint64(size)}
 		b.to[i].Family = unix.AF_INET
 		h := &b.headers[i].hdr
 		h.Name, h.Namelen = (*byte)(unsafe.Pointer(&b.to[i])), unix.SizeofSockaddrInet4
@@ -109,7 +114,7 @@ func newBatch(port uint16) *batch {
 func (b *batch) fill(first, k uint32, of flows) {
 	for i := range b.packets {
 		client, server, sport := of.ends(first, k+uint32(i))
-		p := &b.packets[i]
+		p := b.packets[i]
 		copy(p[12:], client[:])
 		copy(p[16:], server[:])
 		binary.BigEndian.PutUint16(p[20:], sport)
