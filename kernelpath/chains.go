@@ -90,6 +90,8 @@ const (
 	chainCarryKnown   = "carry_known"    // the same, of an endpoint whose peers are remembered
 	chainCarryFirst   = "carry_first"    // a new kernel flow
 	chainCarryPlain   = "carry_plain"    // the same, by a rule alone
+	chainCarryMapped  = "carry_mapped"   // the same, of an endpoint that has a mapping
+	chainCarryUntold  = "carry_untold"   // the same, where others are told of when they begin
 	chainTakeFirst    = "take_first"     // a new user flow
 	chainDivert       = "divert"         // packets of a user flow
 	chainLocalOwn     = "local_own"      // answers to the gateway's upstream legs

@@ -92,7 +92,7 @@ func peerKey(inside, port, peer field) []field { return []field{inside, fieldL4P
 // that fail open.
 //
 //	chain mapped_91b7584a2265b1f5 {
-//		meta nfproto ipv4 meta l4proto { icmp, tcp, udp } ct original ip saddr . meta l4proto . ct original proto-src @known4_91b7584a2265b1f5 goto carry_plain
+//		meta nfproto ipv4 meta l4proto { icmp, tcp, udp } ct original ip saddr . meta l4proto . ct original proto-src @known4_91b7584a2265b1f5 goto carry_mapped
 //		goto ask
 //	}
 //
@@ -101,7 +101,7 @@ func peerKey(inside, port, peer field) []field { return []field{inside, fieldL4P
 //
 //	chain carry_known {
 //		meta nfproto ipv4 meta l4proto { icmp, tcp, udp } add @peer4 { ip saddr . meta l4proto . ct original proto-src . ip daddr }
-//		goto carry_plain
+//		goto carry_mapped
 //	}
 func (b *builder) mapped() {
 	byAddress := false
@@ -111,7 +111,7 @@ func (b *builder) mapped() {
 			continue
 		}
 		byAddress = byAddress || r.Filtering == policy.FilterAddress
-		carry := chainCarryPlain
+		carry := chainCarryMapped
 		if r.Filtering == policy.FilterAddress {
 			carry = chainCarryKnown
 		}
@@ -124,10 +124,32 @@ func (b *builder) mapped() {
 	if byAddress {
 		c := b.chain(chainCarryKnown)
 		c.add(four, hasEndpoint(), insert(setPeer, peerKey(fieldSaddr4, fieldAskedSport, fieldDaddr4)...))
-		c.add(goTo(chainCarryPlain))
+		c.add(goTo(chainCarryMapped))
 	}
 	b.around()
 	b.letIn()
+	if b.maps() {
+		c := b.chain(chainCarryMapped)
+		b.lookTimersUp(c)
+		c.add(goTo(chainCarryPlain))
+		u := b.chain(chainCarryUntold)
+		u.add(tellDestroy())
+		u.add(goTo(chainCarryPlain))
+	}
+}
+
+// plain is where the first packets of the kernel's own flows go. Where endpoints
+// are mapped, conntrack tells when flows begin, but not of these.
+//
+//	chain carry_untold {
+//		ct event set destroy
+//		goto carry_plain
+//	}
+func (b *builder) plain() string {
+	if b.maps() {
+		return chainCarryUntold
+	}
+	return chainCarryPlain
 }
 
 func mappedChain(networkRule string, open bool) string {

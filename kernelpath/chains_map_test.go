@@ -171,3 +171,78 @@ func TestLeavesGoesWithItsRule(t *testing.T) {
 		t.Error("two rules have one map")
 	}
 }
+
+// A mapping may share its addresses with a permission, before and after which it
+// is what it was; its elements come back with a table that somebody deleted.
+func TestMappingShares(t *testing.T) {
+	s, table := loadedTable(t)
+	m := leaving(1, flow.UDP, "10.0.0.2:5000", "203.0.113.1:41000")
+	m.Mapped, m.AnySource = true, true
+	other := leaving(2, flow.UDP, "10.0.0.3:5000", "203.0.113.1:41001")
+	other.Mapped = true
+	shut := []string{
+		"bind udp invalid IP > 203.0.113.1:41000 = 10.0.0.2:5000", "bind udp invalid IP > 203.0.113.1:41001 = 10.0.0.3:5000",
+		"leaves udp invalid IP > 10.0.0.2:5000 = 203.0.113.1:41000", "leaves udp invalid IP > 10.0.0.3:5000 = 203.0.113.1:41001",
+	}
+	with := func(more ...string) []string {
+		all := append(slices.Clone(shut), more...)
+		slices.Sort(all)
+		return all
+	}
+	is := func(what string, want []string) {
+		t.Helper()
+		if got := listed(t, table); !slices.Equal(got, want) {
+			t.Errorf("%s: the kernel holds\n%q, want\n%q", what, got, want)
+		}
+	}
+	install(t, table, m)
+	install(t, table, other)
+	is("two mappings", with("mapped udp invalid IP > 203.0.113.1:41000"))
+	m.PeersOnly = true
+	install(t, table, m)
+	is("another filtering", with("mapped peers udp invalid IP > 203.0.113.1:41000"))
+
+	// A bind that sends its flows elsewhere is in the way of nobody.
+	bind := nat.Permission{ID: 3, Direction: nat.Inbound, Proto: flow.UDP, Client: m.Client, External: m.External, AnySource: true, Multiple: true}
+	m.Shared, m.AnySource, m.PeersOnly = true, false, false
+	install(t, table, m)
+	is("a mapping that yields", shut)
+	install(t, table, bind)
+	is("and a bind", with("many udp invalid IP > 203.0.113.1:41000"))
+	wrong := bind
+	wrong.ID, wrong.Client = 4, netip.MustParseAddrPort("10.0.0.9:1")
+	if err := table.Install(context.Background(), wrong); !errors.Is(err, nat.ErrConflict) {
+		t.Errorf("a bind to another client: %v", err)
+	}
+	is("after a conflict", with("many udp invalid IP > 203.0.113.1:41000"))
+
+	s.sh("nft delete table inet sluice")
+	o := testOptions(t)
+	o.Native = false
+	mustLoad(t, table, mustBuild(t, twoZones(), o))
+	is("after somebody deleted the table", with("many udp invalid IP > 203.0.113.1:41000"))
+	revoke(t, table, bind)
+	is("after the bind", shut)
+	for range 2 {
+		revoke(t, table, m)
+		revoke(t, table, other)
+	}
+	is("after all", []string{})
+
+	unknown := other
+	unknown.Leaves = "mars"
+	for range 2 {
+		if err := table.Install(context.Background(), unknown); !errors.Is(err, nat.ErrNoRule) {
+			t.Errorf("a network rule that is not there: %v", err)
+		}
+		revoke(t, table, unknown)
+	}
+	install(t, table, other)
+	if err := table.FlushPermissions(); err != nil {
+		t.Fatal(err)
+	}
+	is("after a flush", []string{})
+	install(t, table, other)
+	revoke(t, table, other)
+	is("at the end", []string{})
+}

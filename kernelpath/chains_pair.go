@@ -136,7 +136,7 @@ func (b *builder) forwardVerdict(x policy.Box) (stmt, error) {
 		if x.Publication != 0 {
 			return goTo(chainCarryFirst), nil
 		}
-		return goTo(chainCarryPlain), nil
+		return goTo(b.plain()), nil
 	case policy.ClassReject:
 		return goTo(chainRefuse), nil
 	case policy.ClassDrop:

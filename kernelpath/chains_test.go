@@ -202,7 +202,8 @@ func TestBuildNamesFitTogether(t *testing.T) {
 		// Elements that are installed while traffic flows go to these.
 		used[chainAsk], used[chainListed], used[chainUse], used[chainAskOpen] = true, true, true, true
 		used[chainRefuse], used[chainCarryFirst] = true, true
-		used[chainCarryPlain] = true // no rule, none that the kernel decides
+		used[chainCarryUntold] = defined[chainCarryUntold] > 0 // the same
+		used[chainCarryPlain] = true                           // no rule, none that the kernel decides
 		used[chainUseMapped], used[chainUsePeer] = true, true
 		for _, r := range []string{"out", "guests", "hidden"} {
 			// Where endpoints are not mapped, they wait for a reload.

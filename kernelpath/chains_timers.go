@@ -81,7 +81,7 @@ func (b *builder) timers() error {
 		if b.plainTimers[s] {
 			plain := b.chain(plainChain(s))
 			plain.add(jump(timerChain(s)))
-			plain.add(goTo(chainCarryPlain))
+			plain.add(goTo(b.plain()))
 		}
 	}
 	return nil
@@ -153,7 +153,7 @@ func (b *builder) judge(k stageKind, boxes []policy.Box, verdict boxVerdict) ([]
 		if err != nil {
 			return nil, err
 		}
-		if k.kind == policy.KindPorts && x.Protos[1] == flow.UDP && to.text == goTo(chainCarryPlain).text {
+		if k.kind == policy.KindPorts && x.Protos[1] == flow.UDP && to.text == goTo(b.plain()).text {
 			list = append(list, b.split(x)...)
 			continue
 		}
@@ -177,14 +177,14 @@ func (b *builder) split(x policy.Box) (list []judgedBox) {
 			continue
 		}
 		first, last := max(lo, int(t.Ports.Lo)), min(int(t.Ports.Hi), int(x.Ports.Hi))
-		part(lo, first-1, x.Protos, chainCarryPlain)
+		part(lo, first-1, x.Protos, b.plain())
 		part(first, last, [2]flow.Proto{flow.UDP, flow.UDP}, plainChain(t.Seconds))
 		b.plainTimers[t.Seconds] = true
 		if x.Protos[0] != flow.UDP {
-			part(first, last, [2]flow.Proto{x.Protos[0], flow.TCP}, chainCarryPlain)
+			part(first, last, [2]flow.Proto{x.Protos[0], flow.TCP}, b.plain())
 		}
 		lo = last + 1
 	}
-	part(lo, int(x.Ports.Hi), x.Protos, chainCarryPlain)
+	part(lo, int(x.Ports.Hi), x.Protos, b.plain())
 	return list
 }

@@ -45,6 +45,15 @@ func setMark(f field, mask, bits uint32) stmt {
 	}}
 }
 
+// tellDestroy has conntrack tell of the flow when it ends, and of nothing before
+// (IPCT_DESTROY of linux/netfilter/nf_conntrack_common.h).
+func tellDestroy() stmt {
+	const destroy = 1 << 2
+	return stmt{"ct event set destroy", func(c *code) {
+		c.add(&expr.Immediate{Register: 1, Data: markValue(destroy).raw}, &expr.Ct{Key: expr.CtKeyEVENTMASK, Register: 1, SourceRegister: true})
+	}}
+}
+
 // setZone puts an untracked packet into a conntrack zone:  ct zone set 7
 func setZone(zone uint16) stmt {
 	return stmt{fmt.Sprintf("ct zone set %d", zone), func(c *code) {

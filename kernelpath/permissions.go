@@ -302,7 +302,7 @@ func destinationOf(p nat.Permission) (netip.AddrPort, error) {
 	if p.OneWay && (p.Direction != nat.Inbound || p.Proto != flow.UDP || p.ToUser) {
 		return bad("only inbound UDP that the kernel carries can pass one way")
 	}
-	if (p.Mapped || p.PeersOnly) && (p.Leaves == "" || !p.Mapped || !p.Multiple || p.OneWay || len(p.Sources) > 0) {
+	if (p.Mapped || p.PeersOnly || p.Shared) && (p.Leaves == "" || !p.Mapped || !p.Multiple || p.OneWay || len(p.Sources) > 0) {
 		return bad("%s is no mapping", p.External)
 	}
 	to := p.Target

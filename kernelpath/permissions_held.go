@@ -37,6 +37,7 @@ type holders struct {
 	// the order of their ends but for those that linger for less.
 	lingering []lingerer
 	gates     gates
+	mapped    mappings
 }
 
 // lingerer is a slot that nobody holds, and until when it stays.
@@ -89,7 +90,7 @@ func (h *held) lingersUntil() (until time.Time) {
 func newHolders() holders {
 	return holders{
 		slots: map[slotKey]packed{}, shared: map[slotKey][]holding{}, byID: map[uint64][]slotKey{},
-		names: map[string]string{}, gates: newGates(),
+		names: map[string]string{}, gates: newGates(), mapped: mappings{held: map[uint64]mappedRecord{}},
 	}
 }
 
@@ -108,11 +109,14 @@ func (h *holders) begin() (undo func()) {
 				h.byID[id] = keys
 			}
 		}
+		h.mapped.undo()
 		h.end()
 	}
 }
 
-func (h *holders) end() { h.touched, h.touchedIDs, h.newest, h.gates.opening = nil, nil, nil, nil }
+func (h *holders) end() {
+	h.touched, h.touchedIDs, h.newest, h.gates.opening, h.mapped.touched = nil, nil, nil, nil, nil
+}
 
 // touch keeps what a slot was before the transaction.
 func (h *holders) touch(k slotKey) {
@@ -129,6 +133,9 @@ func (h *holders) take(c *change, now time.Time) {
 	slots, err := slotsOf(c.permission)
 	if have := h.withMaps(slots); len(have) < len(slots) {
 		slots, err = have, nat.ErrNoRule
+	}
+	if h.takeMapped(c, slots, err, func(p nat.Permission) { h.gates.open(p, now) }) {
+		return
 	}
 	remove := c.remove || err != nil
 	gate := h.gate(slots)
@@ -233,6 +240,7 @@ func (h *holders) loaded(outMaps map[string]bool) {
 func (h *holders) drop(id uint64) {
 	h.begin()
 	h.releaseAll(id, time.Time{})
+	delete(h.mapped.held, id)
 	h.end()
 }
 
@@ -334,6 +342,7 @@ func (h *holders) transaction(now time.Time) *transaction {
 			fresh[k.set] = append(fresh[k.set], e)
 		}
 	}
+	h.changeMapped(gone, fresh)
 	h.gates.change(gone, fresh, now)
 	for _, name := range sortedKeys(gone) {
 		s := &set{name: name}
@@ -358,6 +367,15 @@ func (t *Table) restore(tx *transaction, old *existing, r Ruleset) int {
 		if e, ok := t.holders.get(k).element(now); ok {
 			fresh[k.set] = append(fresh[k.set], e)
 			n++
+		}
+	}
+	for id, record := range t.holders.mapped.held {
+		slots, err := slotsOf(record.permission(id))
+		for _, s := range slots {
+			if _, there := old.sets[s.set]; err == nil && !there && (!ofNetworkRule(s.set) || outMaps[s.set]) && t.holders.get(s.at()) == nil {
+				fresh[s.set] = append(fresh[s.set], s.elem)
+				n++
+			}
 		}
 	}
 	t.holders.gates.restore(func(set string) bool { _, there := old.sets[set]; return there }, fresh, now)
@@ -388,7 +406,7 @@ func (h *holders) touchedSlots() []slot {
 	for _, s := range h.newest {
 		slots = append(slots, s)
 	}
-	return slots
+	return append(slots, h.touchedMapped()...)
 }
 
 // unheld are those of the slots that nobody holds.

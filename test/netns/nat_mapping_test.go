@@ -1,6 +1,7 @@
 package netns_test
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -139,4 +140,25 @@ func TestB46MappingsAndReload(t *testing.T) {
 		t.Errorf("with another address the next flow has %s", fresh)
 	}
 	lost(t, socket(l.Other, to(lab.Other4, 2003)), at, own)
+}
+
+// The flows of a mapping have the timers of their protocols, the first one and
+// those that nobody is asked about.
+func TestNUDP05MappedTimers(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t)
+	c := cone.config("")
+	c.Protocols = "  brief: {udp: 9001, timeout: 100}\n"
+	l.Gateway(c)
+	for i, ports := range [][]int{{9001, 53, 9000}, {9000, 53, 9001}} {
+		own := socket(l.Client, to(lab.Client4, 5000+i))
+		for _, port := range ports {
+			srv := socket(l.Srv, to(lab.Srv4, port))
+			seenBy(t, srv, own)
+			_ = srv.Close()
+			want := map[int]int{9001: 100, 53: 10, 9000: 300}[port]
+			l.GW.Run("sh", "-c", fmt.Sprintf("conntrack -L -p udp --orig-port-src %d --orig-port-dst %d 2>/dev/null | awk '$3 > %d || $3 < %d { exit 1 }'",
+				5000+i, port, want, want-5))
+		}
+	}
 }
