@@ -70,7 +70,7 @@ protocols:
 reverse_path: loose
 queue: {form: xt, first: 10, number: 4, length: 1024, answer_ms: 900, fail: open}
 marks: {mask: 0x000f0000, table: 7, priority: 8, zone: 9, log_group: 11}
-ports: {kernel: 20000-29999, leases: [40000-50000, 51000], well_known: 700-800, quota: 640, quarantine: 30, block: 64}
+ports: {kernel: 20000-29999, leases: [40000-50000, 51000], well_known: 700-800, quota: 640, quarantine: 30, block: 64, sessions: 99}
 flowtable: off
 udp: {peer_idle: 30, socket_idle: 90}
 users: {alice: "` + aliceHash + `"}
@@ -99,7 +99,7 @@ func TestParseGood(t *testing.T) {
 		Marks:       Marks{bits, 7, 8, 9, 11},
 		Ports: Ports{
 			Ranges: nat.Ranges{Kernel: nat.Range{Lo: 20000, Hi: 29999}, Leases: []nat.Range{{Lo: 40000, Hi: 50000}, {Lo: 51000, Hi: 51000}}, WellKnown: nat.Range{Lo: 700, Hi: 800}},
-			Quota:  640, Quarantine: 30, Block: 64,
+			Quota:  640, Quarantine: 30, Block: 64, Sessions: 99,
 		},
 		UDP:      UDP{30, 90},
 		Timeouts: Timeouts{100, 20, 7440, 200},
@@ -214,7 +214,7 @@ func TestManual(t *testing.T) {
 		{"queue", "form", d.Queue.Form}, {"queue", "first", d.Queue.First}, {"queue", "number", d.Queue.Number}, {"queue", "length", d.Queue.Length}, {"queue", "answer_ms", d.Queue.AnswerMS}, {"queue", "fail", "closed"},
 		{"marks", "mask", fmt.Sprintf("0x%08x", d.Marks.Bits.Mask())}, {"marks", "table", d.Marks.Table}, {"marks", "priority", d.Marks.Priority}, {"marks", "zone", d.Marks.Zone}, {"marks", "log_group", d.Marks.LogGroup},
 		{"ports", "kernel", d.Ports.Kernel}, {"ports", "leases", strings.ReplaceAll(fmt.Sprint(d.Ports.Leases), " ", ", ")}, {"ports", "well_known", d.Ports.WellKnown},
-		{"ports", "quota", d.Ports.Quota}, {"ports", "quarantine", d.Ports.Quarantine}, {"ports", "block", "off"},
+		{"ports", "quota", d.Ports.Quota}, {"ports", "quarantine", d.Ports.Quarantine}, {"ports", "block", "off"}, {"ports", "sessions", "off"},
 		{"timeouts", "udp", d.Timeouts.UDP}, {"timeouts", "icmp", d.Timeouts.ICMP}, {"timeouts", "tcp_established", d.Timeouts.TCPEstablished}, {"timeouts", "tcp_transitory", d.Timeouts.TCPTransitory},
 		{"protocols", "timeout", "timeouts.udp"}, {"udp", "peer_idle", d.UDP.PeerIdle}, {"udp", "socket_idle", d.UDP.SocketIdle},
 		{"log", "level", d.Log.Level}, {"log", "format", d.Log.Format}, {"control", "socket", d.Control.Socket},

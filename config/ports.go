@@ -18,9 +18,11 @@ type Ports struct {
 	Quota      uint32 // quota: leases of one client, of each protocol
 	Quarantine uint32 // quarantine: seconds that a returned port rests
 	Block      uint32 // block: leases that one client gets at a time; 0: off
+	Sessions   uint32 // sessions: flows of one client at a time; 0: off
 }
 
-// Equal says whether two sections say the same.
+// Equal says whether two sections say the same of the allocator. (Sessions are
+// the table's.)
 func (p Ports) Equal(q Ports) bool {
 	return slices.Equal(p.Leases, q.Leases) && p.Kernel == q.Kernel && p.WellKnown == q.WellKnown && p.Own == q.Own &&
 		p.Quota == q.Quota && p.Quarantine == q.Quarantine && p.Block == q.Block
@@ -46,6 +48,7 @@ const (
 	maxQuarantine = 86400
 	minBlock      = 16
 	maxBlock      = 16384
+	maxSessions   = 1 << 20
 )
 
 func (r *reader) ports(n ast.Node, p *Ports) {
@@ -65,13 +68,8 @@ func (r *reader) ports(n ast.Node, p *Ports) {
 		},
 		"quota":      func(n ast.Node) { setNumber(r, n, "ports.quota", &p.Quota, 1, 65535) },
 		"quarantine": func(n ast.Node) { setNumber(r, n, "ports.quarantine", &p.Quarantine, 0, maxQuarantine) },
-		"block": func(n ast.Node) {
-			if s, ok := n.(*ast.StringNode); ok && s.Value == "off" {
-				p.Block = 0
-				return
-			}
-			setNumber(r, n, "ports.block", &p.Block, minBlock, maxBlock)
-		},
+		"block":      func(n ast.Node) { r.numberOrOff(n, "ports.block", &p.Block, minBlock, maxBlock) },
+		"sessions":   func(n ast.Node) { r.numberOrOff(n, "ports.sessions", &p.Sessions, 1, maxSessions) },
 	})
 	if err := p.Ranges.Check(); err != nil {
 		r.fail(n, "ports: %s", strings.ReplaceAll(err.Error(), "ports.", ""))
@@ -79,6 +77,15 @@ func (r *reader) ports(n ast.Node, p *Ports) {
 	if err := nat.CheckBlocks(p.Leases, int(p.Quota), int(p.Block)); err != nil {
 		r.fail(n, "ports: %v", err)
 	}
+}
+
+// numberOrOff reads a number, or the word for 0.
+func (r *reader) numberOrOff(n ast.Node, what string, at *uint32, lo, hi uint64) {
+	if s, ok := n.(*ast.StringNode); ok && s.Value == "off" {
+		*at = 0
+		return
+	}
+	setNumber(r, n, what, at, lo, hi)
 }
 
 // leases reads one range or a list of them.

@@ -49,6 +49,9 @@ type Options struct {
 	LogGroup uint16
 	// ReversePath is strict if it is empty.
 	ReversePath ReversePath
+	// Sessions is how many flows a host of a network that is hidden may have at
+	// a time; 0: as many as it likes.
+	Sessions uint32
 	// Ranges.Kernel bounds the ports of the kernel's own source NAT for TCP
 	// and UDP; a zero range: the kernel's choice.
 	Ranges nat.Ranges

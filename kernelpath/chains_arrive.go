@@ -41,6 +41,7 @@ const (
 //		meta l4proto { tcp, udp } th dport LEASES fib daddr type local jump around
 //		... (see publish)
 //		fib daddr type { local, broadcast, anycast, multicast } accept
+//		... (see limitSessions)
 //		iifname "lan0" goto from_1 (of each zone; many: iifname vmap @zones)
 //		goto from_0
 //	}
@@ -86,6 +87,7 @@ func (b *builder) arrive() error {
 	b.ifMapped(f)
 	b.ifPublished(f, chainPublished)
 	f.add(toGateway(), accept())
+	b.limitSessions(f)
 	b.byInterface(f, mapZones, func(id int) stmt { return goTo(zoneChain(id)) })
 	f.add(goTo(zoneChain(0)))
 

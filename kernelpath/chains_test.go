@@ -131,7 +131,7 @@ func mappedZones() Input {
 func samples(t testing.TB) map[string]Ruleset {
 	t.Helper()
 	hard := testOptions(t)
-	hard.ReversePath, hard.Native, hard.Ranges = ReversePathLoose, false, nat.Ranges{}
+	hard.ReversePath, hard.Native, hard.Ranges, hard.Sessions = ReversePathLoose, false, nat.Ranges{}, 100
 	off := testOptions(t)
 	off.ReversePath = ReversePathOff
 	all := map[string]Ruleset{}

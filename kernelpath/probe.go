@@ -33,6 +33,7 @@ const (
 	FeatureSetDelete    FeatureName = "set-delete"
 	FeatureIntervalMap  FeatureName = "interval-map"
 	FeatureFlowtable    FeatureName = "flowtable"
+	FeatureConnlimit    FeatureName = "connlimit"
 	FeatureCtNetlink    FeatureName = "conntrack-netlink"
 	FeatureCtEvents     FeatureName = "conntrack-events"
 	FeatureCtAccounting FeatureName = "conntrack-accounting"

@@ -46,6 +46,7 @@ var probes = []probe{
 	{Feature{Name: FeatureSetDelete, Needed: true, Option: "Linux 5.4", Purpose: "permissions that are used up"}, trySetDelete},
 	{Feature{Name: FeatureIntervalMap, Needed: true, Option: "Linux 5.6", Purpose: "rules as lookups"}, tryIntervalMap},
 	{Feature{Name: FeatureFlowtable, Option: "CONFIG_NFT_FLOW_OFFLOAD, CONFIG_NF_FLOW_TABLE_INET", Module: "nft_flow_offload, nf_flow_table_inet", Purpose: "faster forwarding"}, tryFlowtable},
+	{Feature{Name: FeatureConnlimit, Option: "CONFIG_NFT_CONNLIMIT", Module: "nft_connlimit", Purpose: "limits of sessions for each client"}, tryRule(&expr.Connlimit{Count: 1, Flags: expr.NFT_CONNLIMIT_F_INV})},
 	{Feature{Name: FeatureCtNetlink, Needed: true, Option: "CONFIG_NF_CT_NETLINK", Module: "nf_conntrack_netlink", Purpose: "ends, counters and cuts of kernel flows"}, tryCtNetlink},
 	{Feature{Name: FeatureCtEvents, Needed: true, Option: "CONFIG_NF_CONNTRACK_EVENTS", Purpose: "ends of kernel flows"}, trySysctl("net/netfilter/nf_conntrack_events")},
 	{Feature{Name: FeatureCtAccounting, Option: "CONFIG_NF_CONNTRACK, CONFIG_SYSCTL", Purpose: "bytes and packets in the log"}, trySysctl("net/netfilter/nf_conntrack_acct")},

@@ -164,6 +164,9 @@ func (g *gateway) choose(f kernelpath.Features) error {
 			return fmt.Errorf("queue.form: %s: this kernel lacks %s (%s): %s", form, x.Name, x.Option, x.Problem)
 		}
 	}
+	if g.cfg.Ports.Sessions > 0 && !f.Has(kernelpath.FeatureConnlimit) {
+		return fmt.Errorf("ports.sessions: this kernel lacks %s (CONFIG_NFT_CONNLIMIT)", kernelpath.FeatureConnlimit)
+	}
 	g.facts.flowtable, g.facts.timers = f.Has(kernelpath.FeatureFlowtable), f.Has(kernelpath.FeatureCtTimeout)
 	return nil
 }

@@ -33,7 +33,7 @@ func buildRuleset(c *config.Config, p *policy.Policy, k kernelFacts) (kernelpath
 		FirstClosed: c.Queue.First, NumClosed: c.Queue.Number,
 		FirstOpen: c.Queue.FirstOpen(), NumOpen: c.Queue.Number,
 		TProxyPort: k.tproxyPort, Zone: c.Marks.Zone, LogGroup: c.Marks.LogGroup,
-		ReversePath: kernelpath.ReversePath(c.ReversePath), Ranges: ports,
+		ReversePath: kernelpath.ReversePath(c.ReversePath), Ranges: ports, Sessions: c.Ports.Sessions,
 	}
 	if k.flowtable && c.Flowtable {
 		o.Flowtable = presentInterfaces(p)
