@@ -347,3 +347,15 @@ func TestParsePublish(t *testing.T) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
 	}
 }
+
+// Mappings may leave from several addresses.
+func TestParseAddressList(t *testing.T) {
+	text := "networks: {lan: {interfaces: [lan0]}}\nnetwork_rules:\n- {name: out, from: lan, to: any, relation: nat, mapping: endpoint-independent, address: [192.0.2.1, 192.0.2.2]}\n"
+	c, err := Parse("list.yaml", []byte(text), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := fmt.Sprint(c.Policy.NetworkRules()[0].Addresses()); got != "[192.0.2.1 192.0.2.2]" {
+		t.Errorf("addresses %s", got)
+	}
+}

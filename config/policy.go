@@ -159,7 +159,7 @@ func (r *reader) networkRules(n ast.Node, p *policyText) {
 					rule.Relation = policy.NAT
 				}
 			},
-			"address": func(n ast.Node) { rule.Address, _ = r.address(n, what+": address") },
+			"address": func(n ast.Node) { r.ruleAddresses(n, what+": address", &rule) },
 			"mapping": func(n ast.Node) {
 				if v, _ := r.choice(n, what+": mapping", addressAndPort, endpointIndependent); v == endpointIndependent {
 					rule.Mapping = policy.MapEndpointIndependent
@@ -189,6 +189,21 @@ func nameIn(item ast.Node, what string, i int) string {
 		}
 	}
 	return fmt.Sprintf("%s %d", what, i+1)
+}
+
+// ruleAddresses reads one address or a list of them.
+func (r *reader) ruleAddresses(n ast.Node, what string, rule *policy.NetworkRule) {
+	for i, item := range oneOrMore(n) {
+		a, ok := r.address(item, what)
+		switch {
+		case !ok:
+			return
+		case i == 0:
+			rule.Address = a
+		default:
+			rule.More = append(rule.More, a)
+		}
+	}
 }
 
 // required reports keys that an entry lacks.

@@ -235,8 +235,8 @@ func (s *session) behind(b filterapi.Bind, t terms) (netip.Addr, bool, error) {
 	if v.NetworkRule == nil || v.NetworkRule.Relation != policy.NAT || v.Reverse || !s.addr.Is4() {
 		return netip.Addr{}, false, nil
 	}
-	if v.NetworkRule.Address.IsValid() {
-		return v.NetworkRule.Address, true, nil
+	if addrs := v.NetworkRule.Addresses(); len(addrs) > 0 {
+		return s.e.ports.Pair(s.addr, addrs), true, nil
 	}
 	// The route to those who may come tells the address.
 	if list := b.IPFilter.Prefixes(); len(list) > 0 {

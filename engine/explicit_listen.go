@@ -126,7 +126,7 @@ func (s *session) outside(b filterapi.Bind, t terms) (netip.Addr, error) {
 	case v.NetworkRule == nil:
 		return far, filterapi.ErrNetworkDenied
 	case v.Translated(to) && v.NetworkRule.Address.IsValid():
-		return v.NetworkRule.Address, nil
+		return s.e.ports.Pair(s.addr, v.NetworkRule.Addresses()), nil
 	}
 	_, source, _, err := s.e.routes.Lookup(far)
 	if err != nil || !source.IsValid() {
@@ -149,7 +149,7 @@ func (s *session) anywhere() (netip.Addr, error) {
 			continue
 		}
 		if r.Address.IsValid() && s.addr.Is4() {
-			return r.Address, nil
+			return s.e.ports.Pair(s.addr, r.Addresses()), nil
 		}
 		if a, ok := s.e.facing(r.To, s.addr.Is6()); ok {
 			return a, nil

@@ -277,15 +277,15 @@ func (e *Engine) makeMapping(ctx context.Context, c *connection, r *policy.Netwo
 
 // leaseMapping finds the external endpoint.
 func (e *Engine) leaseMapping(m *mapping, r *policy.NetworkRule, q policy.Question) error {
-	addr := r.Address
-	if !addr.IsValid() {
+	addrs := r.Addresses()
+	if len(addrs) == 0 {
 		_, source, _, err := e.routes.Lookup(q.Dst.Addr())
 		if err != nil || !source.Is4() {
 			return errNoExternalPort
 		}
-		addr = source
+		addrs = []netip.Addr{source}
 	}
-	at, err := e.ports.Take(nat.Request{Holder: q.Src.Addr(), Proto: m.proto, Addrs: []netip.Addr{addr}, Like: q.Src.Port()})
+	at, err := e.ports.Take(nat.Request{Holder: q.Src.Addr(), Proto: m.proto, Addrs: addrs, Like: q.Src.Port()})
 	if err != nil {
 		return fmt.Errorf("%w: %w", errNoExternalPort, err)
 	}

@@ -297,7 +297,7 @@ func (e *Engine) remap() {
 		r, ok := rules[x.rules[m.rule].name]
 		switch {
 		case m.extra != nil && m.extra.change != nil: // whoever makes it looks at the rules after
-		case !ok || !r.Maps(m.proto) || inForce.PublishedAt(m.proto, m.external.addrPort()) != nil || r.Address.IsValid() && packed(netip.AddrPortFrom(r.Address, 0)).addr != m.external.addr:
+		case !ok || !r.Maps(m.proto) || inForce.PublishedAt(m.proto, m.external.addrPort()) != nil || !r.LeavesFrom(m.external.addrPort().Addr()):
 			end = append(end, m)
 		case r.Filtering != m.filtering:
 			m.filtering = r.Filtering

@@ -207,7 +207,7 @@ func (e *Engine) adopt(r *policy.NetworkRule, h Held, t flow.Tuple) bool {
 	if !h.Inside.Addr().Is4() || !h.External.Addr().Is4() {
 		return false
 	}
-	fits := r != nil && r.Maps(h.Proto) && (!r.Address.IsValid() || r.Address == h.External.Addr())
+	fits := r != nil && r.Maps(h.Proto) && r.LeavesFrom(h.External.Addr())
 	if e.ports.LeaseExactFor(h.Inside.Addr(), h.Proto, h.External, 1) != nil {
 		return false
 	}

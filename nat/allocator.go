@@ -200,6 +200,19 @@ func (a *Allocator) Take(r Request) (netip.AddrPort, error) {
 	}
 }
 
+// Pair gives the external address of a pool, which is not empty, that belongs to
+// a holder: the first that it has ports of, else the first of all.
+func (a *Allocator) Pair(holder netip.Addr, addrs []netip.Addr) netip.Addr {
+	a.lock()
+	defer a.unlock()
+	if c := a.clients[holder]; c != nil {
+		if i := c.paired(addrs); i >= 0 {
+			return addrs[i]
+		}
+	}
+	return addrs[0]
+}
+
 // LeaseExact takes n consecutive ports of an address from a given one on, also
 // outside of the allocator's ranges: who asks for a port by its number knows
 // why. On an error, ErrLeased or ErrUnavailable, nothing is taken.

@@ -84,6 +84,14 @@ func (a *Allocator) dismiss(c *client) {
 	}
 }
 
+// paired is the place of the first address in a pool that the client has ports
+// of; -1: it has none.
+func (c *client) paired(pool []netip.Addr) int {
+	return slices.IndexFunc(pool, func(a netip.Addr) bool {
+		return slices.ContainsFunc(c.addrs, func(u addrUse) bool { return u.addr == a })
+	})
+}
+
 // use counts ports of an address.
 func (c *client) use(addr netip.Addr, n int) {
 	i := slices.IndexFunc(c.addrs, func(u addrUse) bool { return u.addr == addr })

@@ -63,10 +63,8 @@ func (a *Allocator) choose(c *client, r *Request) []netip.Addr {
 		return r.Addrs
 	}
 	if c.limited() {
-		for i, addr := range r.Addrs {
-			if slices.ContainsFunc(c.addrs, func(u addrUse) bool { return u.addr == addr }) {
-				return r.Addrs[i : i+1]
-			}
+		if i := c.paired(r.Addrs); i >= 0 {
+			return r.Addrs[i : i+1]
 		}
 	}
 	list := slices.Clone(r.Addrs)

@@ -128,14 +128,23 @@ func (c *checker) networkRule(r *NetworkRule) {
 		c.add("relation", -1, "is neither route nor nat")
 	}
 	c.mapping(r)
+	if len(r.More) > 0 && r.Mapping != MapEndpointIndependent {
+		c.add("address", -1, "only mappings that are endpoint-independent leave from several addresses")
+	}
 	if r.Address == (netip.Addr{}) {
 		return
 	}
 	if r.Relation == Route {
 		c.add("address", -1, "only a nat rule hides addresses")
 	}
-	if !r.Address.Is4() || r.Address.IsUnspecified() || r.Address.IsMulticast() {
-		c.add("address", -1, "%s is no IPv4 address of a host", r.Address)
+	all := r.Addresses()
+	for i, a := range all {
+		if !a.Is4() || a.IsUnspecified() || a.IsMulticast() {
+			c.add("address", i, "%s is no IPv4 address of a host", a)
+		}
+		if slices.Contains(all[:i], a) {
+			c.add("address", i, "%s stands there twice", a)
+		}
 	}
 }
 

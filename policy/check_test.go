@@ -38,6 +38,8 @@ func TestNewRefuses(t *testing.T) {
 		{parts{netRules: []NetworkRule{{Name: "j", From: "nix", To: Gateway, Relation: Route}}}, "network rule \"j\": from: unknown network \"nix\"\nnetwork rule \"j\": to: the gateway itself needs no network rule"},
 		{parts{netRules: []NetworkRule{{Name: "j", From: "lan", To: Any}}}, `network rule "j": relation: is neither route nor nat`},
 		{parts{netRules: []NetworkRule{{Name: "j", From: "lan", To: Any, Relation: Route, Address: netip.MustParseAddr("::1")}}}, "network rule \"j\": address: only a nat rule hides addresses\nnetwork rule \"j\": address: ::1 is no IPv4 address of a host"},
+		{parts{netRules: []NetworkRule{{Name: "j", From: "lan", To: Any, Relation: NAT, Address: netip.MustParseAddr("192.0.2.1"), More: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("::1")}}}},
+			"network rule \"j\": address: only mappings that are endpoint-independent leave from several addresses\nnetwork rule \"j\": address: 192.0.2.1 stands there twice\nnetwork rule \"j\": address: ::1 is no IPv4 address of a host"},
 		{parts{protocols: []Protocol{web}}, `protocol "web": name: is defined twice`},
 		{parts{protocols: []Protocol{{Name: AnyProtocol, Matches: tcp(1)}}}, `protocol "any": name: is built in and cannot be defined`},
 		{parts{protocols: []Protocol{{Name: "x"}}}, `protocol "x": matches nothing`},

@@ -37,6 +37,9 @@ func New(networks []Network, netRules []NetworkRule, protocols []Protocol, rules
 		n := &p.networks[i]
 		n.Interfaces, n.Prefixes = slices.Clone(n.Interfaces), slices.Clone(n.Prefixes)
 	}
+	for i := range p.netRules {
+		p.netRules[i].More = slices.Clone(p.netRules[i].More)
+	}
 	for i := range p.protocols {
 		p.protocols[i].Matches = slices.Clone(p.protocols[i].Matches)
 	}

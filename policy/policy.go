@@ -5,6 +5,7 @@ package policy
 
 import (
 	"net/netip"
+	"slices"
 
 	"github.com/sluicegw/sluice/flow"
 )
@@ -75,6 +76,9 @@ type NetworkRule struct {
 	// Address is the gateway's address that hides From; if it is invalid, the
 	// address that the route prefers is used.
 	Address netip.Addr
+	// More are further addresses that mappings leave from, each client's from
+	// one of them all.
+	More []netip.Addr
 	// Mapping and Filtering are of NAT. IgnoreInbound: what comes from outside
 	// does not keep a mapping alive (RFC 4787, REQ-6).
 	Mapping       Mapping
@@ -106,6 +110,20 @@ const (
 	// FilterEndpointIndependent: everybody.
 	FilterEndpointIndependent
 )
+
+// Addresses are those that mappings leave from; none: the one that the route
+// prefers.
+func (r *NetworkRule) Addresses() []netip.Addr {
+	if !r.Address.IsValid() {
+		return nil
+	}
+	return append([]netip.Addr{r.Address}, r.More...)
+}
+
+// LeavesFrom says whether a mapping may have an external address.
+func (r *NetworkRule) LeavesFrom(a netip.Addr) bool {
+	return !r.Address.IsValid() || r.Address == a || slices.Contains(r.More, a)
+}
 
 // Maps says whether the flows of a protocol that the rule hides are mapped
 // endpoint-independently.

@@ -340,3 +340,28 @@ func TestNCGN05SessionsOfOneClient(t *testing.T) {
 		})
 	}
 }
+
+// RFC 4787, REQ-2: of several external addresses a client has one, for all that it
+// sends, and its binds; and the clients are spread over them.
+func TestNUDP02OneOfSeveralAddresses(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t)
+	l.Gateway(cone.config(", address: [" + lab.Outside4.String() + ", " + lab.Outside4b.String() + "]"))
+	server := socket(l.Srv, to(lab.Srv4, 9001))
+	seen := map[netip.Addr]int{}
+	for _, h := range []*lab.Host{l.Client, l.Client2} {
+		mine := map[netip.Addr]bool{}
+		for range 12 {
+			mine[seenBy(t, server, socket(h, netip.AddrPortFrom(addrOf(h, lab.Srv4), 0))).Addr()] = true
+		}
+		if len(mine) != 1 {
+			t.Errorf("%s is seen as %v", h.Name, mine)
+		}
+		for a := range mine {
+			seen[a]++
+		}
+	}
+	if seen[lab.Outside4] != 1 || seen[lab.Outside4b] != 1 {
+		t.Errorf("the clients are seen as %v", seen)
+	}
+}
