@@ -182,7 +182,7 @@ func (m *mapping) opens() bool {
 
 var (
 	// errNoExternalPort: the network rule's address has none left.
-	errNoExternalPort = errors.New("no external port is left")
+	errNoExternalPort = errors.New("no external endpoint")
 	errNoMapping      = errors.New("the kernel did not take the mapping")
 )
 

@@ -182,7 +182,10 @@ func (a *Allocator) Take(r Request) (netip.AddrPort, error) {
 	var busy busyPorts
 	for {
 		a.lock()
-		at, err := a.reserve(&r, busy)
+		at, err := netip.AddrPort{}, ErrExhausted
+		if len(busy) < maxBusy {
+			at, err = a.reserve(&r, busy)
+		}
 		switch {
 		case errors.Is(err, ErrQuota):
 			a.stats.OverQuota++
@@ -239,6 +242,10 @@ func (a *Allocator) LeaseExactFor(holder netip.Addr, p flow.Proto, at netip.Addr
 	}
 	return nil
 }
+
+// maxBusy is how many ports one request finds busy before it gives up: then
+// nearly all are, or the address is not the gateway's any more.
+const maxBusy = 256
 
 // busyPorts are what Busy said yes to during one call.
 type busyPorts map[netip.AddrPort]struct{}

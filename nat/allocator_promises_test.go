@@ -193,6 +193,18 @@ func TestBlocks(t *testing.T) {
 	}
 }
 
+// Where everything is busy, as at an address that has gone, a request ends soon.
+func TestBusyEverywhere(t *testing.T) {
+	asked := 0
+	a := NewAllocatorWith(AllocatorConfig{
+		Leases: defaultLeases, Quota: 2048, Now: time.Now, Busy: func(Endpoint) bool { asked++; return true },
+	})
+	_, err := a.Take(Request{Holder: insideA, Proto: flow.TCP, Addrs: outside[:1], Like: 1})
+	if s := a.Stats(); !errors.Is(err, ErrExhausted) || asked > maxBusy || s.Leased+s.Resting+s.Holders != 0 {
+		t.Errorf("%v after %d questions, %+v", err, asked, s)
+	}
+}
+
 // Whatever a port is asked about is not asked twice, and only what would be
 // leased is asked about.
 func TestBusyIsAskedOfCandidatesOnly(t *testing.T) {

@@ -25,7 +25,7 @@ func checkCommand() *cobra.Command {
 				return err
 			}
 			r, err := buildRuleset(cfg, cfg.Policy, kernelFacts{
-				native: cfg.Queue.Form != config.QueueXT, flowtable: flowtable, tproxyPort: checkedPort,
+				native: cfg.Queue.Form != config.QueueXT, flowtable: flowtable, timers: true, tproxyPort: checkedPort,
 			})
 			if err != nil {
 				return fmt.Errorf("%s: %w", args[0], err)
