@@ -3,6 +3,7 @@ package nat
 import (
 	"errors"
 	"net/netip"
+	"sync"
 	"testing"
 	"time"
 
@@ -191,6 +192,59 @@ func TestBlocks(t *testing.T) {
 	if len(told) != 5 || !told[3].Returned || !told[4].Returned || a.Stats().Blocks != 1 {
 		t.Errorf("told: %+v", told)
 	}
+}
+
+// Many at once get different ports, and everything is free in the end.
+func TestAllocatorTogether(t *testing.T) {
+	var told sync.Map // the blocks that are somebody's
+	a := NewAllocatorWith(AllocatorConfig{
+		Leases: []Range{{2000, 2255}}, Quota: 64, Block: 32, Quarantine: time.Millisecond, Now: time.Now,
+		Busy: func(e Endpoint) bool { return e.Addr.Port()%7 == 0 },
+		OnBlock: func(e BlockEvent) {
+			owned := e
+			owned.Returned = false
+			if _, was := told.LoadOrStore(owned, true); was != e.Returned {
+				t.Errorf("%+v, and it was owned: %v", e, was)
+			}
+			if e.Returned {
+				told.Delete(owned)
+			}
+		},
+	})
+	var out sync.Map
+	var all sync.WaitGroup
+	for i := range 16 {
+		all.Go(func() {
+			client := netip.AddrFrom4([4]byte{10, 0, 0, byte(i % 5)})
+			for range 2000 {
+				r := Request{Holder: client, Proto: flow.UDP, Addrs: outside, N: 1 + i%3, Even: i%2 == 0}
+				at, err := a.Take(r)
+				if err != nil {
+					continue
+				}
+				for n := range r.N {
+					x := netip.AddrPortFrom(at.Addr(), at.Port()+uint16(n))
+					if other, twice := out.LoadOrStore(x, client); twice {
+						t.Errorf("%v is %v's and %v's", x, other, client)
+					}
+				}
+				for n := range r.N {
+					x := netip.AddrPortFrom(at.Addr(), at.Port()+uint16(n))
+					out.Delete(x)
+					a.Return(flow.UDP, x)
+				}
+			}
+		})
+	}
+	all.Wait()
+	deadline := time.Now().Add(10 * time.Second)
+	for a.Stats() != (AllocatorStats{OverQuota: a.Stats().OverQuota, Exhausted: a.Stats().Exhausted}) {
+		if time.Now().After(deadline) {
+			t.Fatalf("left: %+v", a.Stats())
+		}
+		time.Sleep(time.Millisecond)
+	}
+	told.Range(func(e, _ any) bool { t.Errorf("%+v was never returned", e); return true })
 }
 
 // Where everything is busy, as at an address that has gone, a request ends soon.
