@@ -57,12 +57,12 @@ var bad = []struct {
 		"4: marks.priority: 32766 is not a number from 1 to 32765", "5: marks.zone: 0 is not a number from 1 to 65535", "6: marks.log_group: 70000 is not a number from 1 to 65535"}},
 	{"marks: {mask: 0x1ffffffff}\n", []string{"1: marks.mask: 0x1ffffffff is not a number from 1 to 4294967295"}},
 	{"ports:\n  kernel: 80-90\n  leases: 9000-8000\n", []string{`2: ports.kernel: "80-90" is no number or range from 1024 to 65535`, `3: ports.leases: "9000-8000" is no number or range from 1024 to 65535`}},
-	{"\nports: {kernel: 10000-20000}\n", []string{"2: ports: kernel (10000-20000) and leases (20000-32767) overlap"}},
+	{"\nports: {kernel: 20000-62000}\n", []string{"2: ports: kernel (20000-62000) and leases (61000-65535) overlap"}},
 	{"ports:\n  leases: []\n  well_known: 1024\n  quota: 0\n  block: 8\n  sessions: none\n", []string{
 		"2: ports.leases: want 1 to 8 ranges, got 0", "3: ports.well_known: 1024 is not a number from 1 to 1023",
 		"4: ports.quota: 0 is not a number from 1 to 65535", "5: ports.block: 8 is not a number from 16 to 16384", "6: ports.sessions: want a number from 1 to 1048576, got text"}},
 	{"\nports: {quota: 1000, block: 64}\n", []string{"2: ports: a quota of 1000 ports is not a multiple of a block of 64"}},
-	{"\nports: {leases: 20000-20100, block: 128}\n", []string{"2: ports: a block of 128 ports is larger than every range of leases"}},
+	{"\nports: {kernel: 10000-19999, leases: 20000-20100, block: 128}\n", []string{"2: ports: a block of 128 ports is larger than every range of leases"}},
 	{"pcp:\n  natpmp: 1\n  quota: 65\n  min_lifetime: 600\n  max_lifetime: 300\n  ports: 0-7\n", []string{
 		"2: pcp.natpmp: want true or false, got a number", "2: pcp: min_lifetime 600 is more than max_lifetime 300",
 		"3: pcp.quota: 65 is not a number from 1 to 64", `6: pcp.ports: "0-7" is no number or range from 1 to 65535`}},

@@ -348,6 +348,28 @@ func TestParsePublish(t *testing.T) {
 	}
 }
 
+// Where endpoints are mapped and the file does not say otherwise, mappings have
+// most of the ports.
+func TestParsePortsFollowMapping(t *testing.T) {
+	rule := "networks: {lan: {interfaces: [lan0]}}\nnetwork_rules:\n- {name: out, from: lan, to: any, relation: nat"
+	for text, want := range map[string]string{
+		rule + "}\n": "10000-32767 [61000-65535]",
+		rule + ", mapping: endpoint-independent}\n":                                    "10000-14999 [15000-32767 61000-65535]",
+		rule + ", mapping: endpoint-independent}\nports: {quota: 7}\n":                 "10000-14999 [15000-32767 61000-65535]",
+		rule + ", mapping: endpoint-independent}\nports: {leases: 62000-62999}\n":      "10000-32767 [62000-62999]",
+		rule + ", mapping: endpoint-independent}\nports: {kernel: 20000-29999}\n":      "20000-29999 [61000-65535]",
+		"ports: {kernel: 20000-29999}\n" + rule + ", mapping: endpoint-independent}\n": "20000-29999 [61000-65535]",
+	} {
+		c, err := Parse("split.yaml", []byte(text), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := fmt.Sprint(c.Ports.Kernel, c.Ports.Leases); got != want {
+			t.Errorf("%s: got %s, want %s", text, got, want)
+		}
+	}
+}
+
 // Mappings may leave from several addresses.
 func TestParseAddressList(t *testing.T) {
 	text := "networks: {lan: {interfaces: [lan0]}}\nnetwork_rules:\n- {name: out, from: lan, to: any, relation: nat, mapping: endpoint-independent, address: [192.0.2.1, 192.0.2.2]}\n"

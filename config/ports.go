@@ -7,6 +7,7 @@ import (
 	"github.com/goccy/go-yaml/ast"
 
 	"github.com/sluicegw/sluice/nat"
+	"github.com/sluicegw/sluice/policy"
 )
 
 // Ports is the section ports: what external ports come from, and how many one
@@ -21,22 +22,40 @@ type Ports struct {
 	Sessions   uint32 // sessions: flows of one client at a time; 0: off
 }
 
-// Equal says whether two sections say the same of the allocator. (Sessions are
-// the table's.)
-func (p Ports) Equal(q Ports) bool {
-	return slices.Equal(p.Leases, q.Leases) && p.Kernel == q.Kernel && p.WellKnown == q.WellKnown && p.Own == q.Own &&
-		p.Quota == q.Quota && p.Quarantine == q.Quarantine && p.Block == q.Block
+// FollowsLive says whether a running allocator can follow a change of the
+// section: not of what its blocks and quarantines are made of.
+func (p Ports) FollowsLive(q Ports) bool {
+	same := slices.Equal(p.Leases, q.Leases) && p.Quota == q.Quota
+	return p.Quarantine == q.Quarantine && p.Block == q.Block && (p.Block == 0 || same)
+}
+
+// split sets the kernel's ports and the leases as they are where the file names neither. A
+// connection of the kernel's translation keeps its port for minutes, so that it
+// has many of them; where endpoints are mapped, leases serve the flows instead.
+func (p *Ports) split(mapped bool) {
+	p.Kernel, p.Leases = nat.Range{Lo: 10000, Hi: 32767}, []nat.Range{{Lo: 61000, Hi: 65535}}
+	if mapped {
+		p.Kernel, p.Leases = nat.Range{Lo: 10000, Hi: 14999}, []nat.Range{{Lo: 15000, Hi: 32767}, {Lo: 61000, Hi: 65535}}
+	}
 }
 
 func defaultPorts() Ports {
-	return Ports{
-		Ranges: nat.Ranges{
-			Kernel:    nat.Range{Lo: 10000, Hi: 19999},
-			Leases:    []nat.Range{{Lo: 20000, Hi: 32767}, {Lo: 61000, Hi: 65535}},
-			WellKnown: nat.Range{Lo: 600, Hi: 1023},
-		},
-		Quota: 2048, Quarantine: uint32(nat.Quarantine.Seconds()),
+	p := Ports{
+		Ranges: nat.Ranges{WellKnown: nat.Range{Lo: 600, Hi: 1023}},
+		Quota:  2048, Quarantine: uint32(nat.Quarantine.Seconds()),
 	}
+	p.split(false)
+	return p
+}
+
+// splitPorts follows the policy where the file leaves the ranges to the gateway.
+func (r *reader) splitPorts(c *Config) {
+	if c.Policy == nil || r.splitGiven {
+		return
+	}
+	c.Ports.split(slices.ContainsFunc(c.Policy.NetworkRules(), func(n policy.NetworkRule) bool {
+		return n.Mapping == policy.MapEndpointIndependent
+	}))
 }
 
 // The bounds of ports.
@@ -54,11 +73,15 @@ const (
 func (r *reader) ports(n ast.Node, p *Ports) {
 	r.section(n, "ports", map[string]func(ast.Node){
 		"kernel": func(n ast.Node) {
+			r.splitGiven = true
 			if v, ok := r.span(n, "ports.kernel", firstPort, 65535); ok {
 				p.Kernel = v
 			}
 		},
-		"leases": func(n ast.Node) { r.leases(n, p) },
+		"leases": func(n ast.Node) {
+			r.splitGiven = true
+			r.leases(n, p)
+		},
 		"well_known": func(n ast.Node) {
 			if s, ok := n.(*ast.StringNode); ok && s.Value == "off" {
 				p.WellKnown = nat.Range{}

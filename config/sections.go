@@ -22,6 +22,7 @@ func Parse(name string, text []byte, parsers OptionParsers) (*Config, error) {
 	r.section(root, "the file", nodes.keys())
 	nodes.read(r, c, &p)
 	r.policy(c, &p)
+	r.splitPorts(c)
 	r.pcpNetworks(c, &p)
 	r.socksNetworks(nodes.socks, c)
 	if err := r.result(); err != nil {

@@ -31,6 +31,9 @@ type reader struct {
 	known []string
 	// entries are the places of what policy.New is given.
 	entries entries
+	// splitGiven: the file says itself which ports the kernel's translation and
+	// the leases have.
+	splitGiven bool
 	// maimed: a list for policy.New is not what the file means, so that its
 	// errors would mislead.
 	maimed bool

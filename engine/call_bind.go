@@ -116,7 +116,7 @@ func (s *session) findPlace(b filterapi.Bind, t terms) (place, error) {
 		if !hidden {
 			return ownPlace(b)
 		}
-		if s.e.kernelPorts.meets(port, len(b.Clients)) {
+		if s.e.kernelPorts.Load().meets(port, len(b.Clients)) {
 			if !wish {
 				return place{}, fmt.Errorf("port %d is the kernel's: %w", port, filterapi.ErrNoPorts)
 			}

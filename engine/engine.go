@@ -37,8 +37,6 @@ type Config struct {
 	// KernelPorts are those that the kernel's own translation chooses from: a
 	// bind that asks for one of them by its number alone gets it not.
 	KernelPorts nat.Range
-	// Leases are those that Ports leases.
-	Leases []nat.Range
 	// Quota of pending permissions per client; 0: DefaultQuota.
 	Quota int
 	// Answer bounds the handlers of an event that a call raises; 0:
@@ -63,8 +61,7 @@ type Engine struct {
 	routes      Routes
 	cached      CachedRoutes // may be nil
 	ports       *nat.Allocator
-	kernelPorts portRange
-	leases      []portRange
+	kernelPorts atomic.Pointer[portRange]
 	quota       int
 	answer      time.Duration
 	idle        time.Duration // of UDP peers
@@ -112,7 +109,7 @@ func New(c Config) (*Engine, error) {
 		return nil, fmt.Errorf("make engine: incomplete configuration: %w", filterapi.ErrInvalidArgument)
 	}
 	e := &Engine{
-		kernel: c.Kernel, user: c.User, routes: c.Routes, ports: c.Ports, kernelPorts: portRange(c.KernelPorts),
+		kernel: c.Kernel, user: c.User, routes: c.Routes, ports: c.Ports,
 		quota: c.Quota, answer: c.Answer, idle: c.PeerIdle, log: c.Log, now: c.Now,
 	}
 	e.cached, _ = c.Routes.(CachedRoutes)
@@ -132,9 +129,7 @@ func New(c Config) (*Engine, error) {
 	e.flows.byTuple = make(map[flow.Tuple]*connection)
 	e.perms.init()
 	e.mappings.init()
-	for _, r := range c.Leases {
-		e.leases = append(e.leases, portRange(r))
-	}
+	e.SetKernelPorts(c.KernelPorts)
 	e.tasks.init()
 	if e.leaks.delay = c.LeakDelay; e.leaks.delay == 0 {
 		e.leaks.delay = DefaultLeakDelay

@@ -11,6 +11,12 @@ import (
 // portRange is a range of ports; the zero value has none.
 type portRange nat.Range
 
+// SetKernelPorts replaces Config.KernelPorts.
+func (e *Engine) SetKernelPorts(r nat.Range) {
+	ports := portRange(r)
+	e.kernelPorts.Store(&ports)
+}
+
 // meets says whether n ports from a given one on meet the range.
 func (r portRange) meets(first uint16, n int) bool {
 	return r.Hi != 0 && first != 0 && first <= r.Hi && int(first)+n-1 >= int(r.Lo)

@@ -3,7 +3,6 @@ package engine
 import (
 	"context"
 	"net/netip"
-	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -264,5 +263,5 @@ func (e *Engine) InstallAdopted() {
 
 // leased says whether a port is one of those that are leased.
 func (e *Engine) leased(port uint16) bool {
-	return slices.ContainsFunc(e.leases, func(r portRange) bool { return r.meets(port, 1) })
+	return e.ports.Covers(port)
 }

@@ -216,6 +216,24 @@ func (a *Allocator) Pair(holder netip.Addr, addrs []netip.Addr) netip.Addr {
 	return addrs[0]
 }
 
+// Reconfigure changes where ports come from, and how many one holder may have,
+// for requests to come; what is leased stays so. Not for an allocator with
+// blocks, whose places these are.
+func (a *Allocator) Reconfigure(leases []Range, wellKnown Range, quota int) {
+	a.lock()
+	defer a.unlock()
+	if a.c.Block == 0 {
+		a.c.Leases, a.c.WellKnown, a.c.Quota = leases, wellKnown, quota
+	}
+}
+
+// Covers says whether a port is in the ranges.
+func (a *Allocator) Covers(port uint16) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return inside(a.c.Leases, int(port), 1) || a.c.WellKnown != (Range{}) && inside([]Range{a.c.WellKnown}, int(port), 1)
+}
+
 // LeaseExact takes n consecutive ports of an address from a given one on, also
 // outside of the allocator's ranges: who asks for a port by its number knows
 // why. On an error, ErrLeased or ErrUnavailable, nothing is taken.

@@ -111,6 +111,32 @@ func TestAQuotaIsExact(t *testing.T) {
 	}
 }
 
+// Another configuration is for requests to come; what is out stays out.
+func TestReconfigure(t *testing.T) {
+	a, _ := testAllocator(AllocatorConfig{Leases: tenPorts, Quota: 2})
+	take := func() (netip.AddrPort, error) {
+		return a.Take(Request{Holder: insideA, Proto: flow.UDP, Addrs: outside[:1]})
+	}
+	old, err := take()
+	if err != nil || !a.Covers(old.Port()) || a.Covers(3000) {
+		t.Fatal(old, err)
+	}
+	a.Reconfigure([]Range{{3000, 3001}}, Range{}, 3)
+	for i := range 3 {
+		at, err := take()
+		if (err == nil) != (i < 2) || err == nil && at.Port() < 3000 {
+			t.Errorf("%v, %v", at, err)
+		}
+	}
+	if err := a.LeaseExact(flow.UDP, old, 1); !errors.Is(err, ErrLeased) {
+		t.Errorf("the old lease: %v", err)
+	}
+	a.Return(flow.UDP, old)
+	if _, err := take(); !errors.Is(err, ErrExhausted) {
+		t.Errorf("a port out of the ranges came back: %v", err)
+	}
+}
+
 // A wish is granted while nothing stands in its way, and a strict one or none.
 func TestAPreferredPort(t *testing.T) {
 	a, now := testAllocator(AllocatorConfig{Leases: tenPorts, Quota: 5, Quarantine: Quarantine})

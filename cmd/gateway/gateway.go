@@ -85,6 +85,9 @@ func (g *gateway) apply(cfg *config.Config, p *policy.Policy) error {
 	if err := checkPublished(p, g.file); err != nil {
 		return err
 	}
+	if err := checkPorts(cfg); err != nil {
+		return err
+	}
 	maps := mapsEndpoints(p)
 	if err := g.watch.Firsts(maps); err != nil {
 		return err
@@ -92,6 +95,8 @@ func (g *gateway) apply(cfg *config.Config, p *policy.Policy) error {
 	if err := g.Load(r); err != nil {
 		return err
 	}
+	g.ports.Reconfigure(cfg.Ports.Leases, cfg.Ports.WellKnown, int(cfg.Ports.Quota))
+	g.engine.SetKernelPorts(cfg.Ports.Kernel)
 	g.engine.SetPolicy(p)
 	g.cfg, g.policy = cfg, p
 	g.servePCP(cfg.PCP, p)
@@ -158,7 +163,7 @@ func needsRestart(a, b *config.Config) string {
 		return "queue"
 	case a.Marks != b.Marks:
 		return "marks"
-	case !a.Ports.Equal(b.Ports):
+	case !a.Ports.FollowsLive(b.Ports):
 		return "ports"
 	case a.UDP != b.UDP:
 		return "udp"

@@ -16,12 +16,12 @@ import (
 )
 
 // checkPorts compares the ranges of the configuration with the kernel's own.
-func (g *gateway) checkPorts() error {
+func checkPorts(cfg *config.Config) error {
 	own, err := kernelpath.LocalPorts()
 	if err != nil {
 		return err
 	}
-	r := g.cfg.Ports.Ranges
+	r := cfg.Ports.Ranges
 	r.Own = own
 	return r.Check()
 }

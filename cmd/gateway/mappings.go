@@ -12,7 +12,6 @@ import (
 	"github.com/sluicegw/sluice/engine"
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/kernelpath"
-	"github.com/sluicegw/sluice/nat"
 	"github.com/sluicegw/sluice/policy"
 )
 
@@ -20,15 +19,6 @@ import (
 // tell when flows begin.
 func mapsEndpoints(p *policy.Policy) bool {
 	return slices.ContainsFunc(p.NetworkRules(), func(r policy.NetworkRule) bool { return r.Mapping == policy.MapEndpointIndependent })
-}
-
-// leaseRanges are where external ports are leased from.
-func (g *gateway) leaseRanges() []nat.Range {
-	ranges := slices.Clone(g.cfg.Ports.Leases)
-	if w := g.cfg.Ports.WellKnown; w != (nat.Range{}) {
-		ranges = append(ranges, w)
-	}
-	return ranges
 }
 
 // livingFlows lists the kernel's flows.

@@ -75,7 +75,7 @@ func (g *gateway) run(ctx context.Context, force bool) error {
 		return err
 	}
 	undo.add(func() { _ = g.routes.Close() })
-	if err := g.checkPorts(); err != nil {
+	if err := checkPorts(g.cfg); err != nil {
 		return err
 	}
 	if err := g.keepAdmin(sshConnection("/proc", os.Getpid()), force); err != nil {
@@ -162,7 +162,7 @@ func (g *gateway) open(undo *ladder) (err error) {
 	g.ports = g.allocator()
 	g.task("ports", g.sweepPorts)
 	if g.engine, err = engine.New(engine.Config{
-		Policy: g.policy, Filters: g.filters, Kernel: g, User: user, Routes: g.routes, Ports: g.ports, KernelPorts: g.cfg.Ports.Kernel, Leases: g.leaseRanges(), Log: g.log,
+		Policy: g.policy, Filters: g.filters, Kernel: g, User: user, Routes: g.routes, Ports: g.ports, KernelPorts: g.cfg.Ports.Kernel, Log: g.log,
 		Answer: g.cfg.Queue.Answer(), PeerIdle: time.Duration(g.cfg.UDP.PeerIdle) * time.Second,
 	}); err != nil {
 		return err

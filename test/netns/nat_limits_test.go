@@ -341,6 +341,37 @@ func TestNCGN05SessionsOfOneClient(t *testing.T) {
 	}
 }
 
+// A reload changes the ports that are leased, and the quota; what lives goes on.
+func TestNCGN04Reload(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t)
+	l.Srv.EchoUDP(9000)
+	server := socket(l.Srv, to(lab.Srv4, 9001))
+	c := cone.config("")
+	c.Extra = "ports: {leases: 61000-61009, quota: 2, well_known: off}\n"
+	g := l.Gateway(c)
+	at := netip.AddrPortFrom(lab.Srv4, 9000)
+	old := l.Client.MustDial("udp4", at.String(), time.Second)
+	echo(t, old, "hello")
+	echo(t, l.Client.MustDial("udp4", at.String(), time.Second), "hello")
+	if err := tells(t, l.Client.MustDial("udp4", at.String(), time.Second)); !errors.Is(err, syscall.EHOSTUNREACH) {
+		t.Errorf("beyond the quota: %v", err)
+	}
+	c.Extra = "ports: {leases: 62000-62009, quota: 3, well_known: off}\n"
+	g.Reload(c)
+	if a := seenBy(t, server, socket(l.Client, netip.AddrPortFrom(lab.Client4, 0))); a.Port() < 62000 || a.Port() > 62009 {
+		t.Errorf("after the reload a socket is seen as %v", a)
+	}
+	if err := tells(t, l.Client.MustDial("udp4", at.String(), time.Second)); !errors.Is(err, syscall.EHOSTUNREACH) {
+		t.Errorf("beyond the new quota: %v", err)
+	}
+	echo(t, old, "still here")
+	c.Extra = "ports: {quarantine: 7}\n"
+	if out, status := g.Rewrite(l.Text(c)); status == 0 || !strings.Contains(out, "ports cannot change") {
+		t.Errorf("another quarantine: status %d\n%s", status, out)
+	}
+}
+
 // RFC 4787, REQ-2: of several external addresses a client has one, for all that it
 // sends, and its binds; and the clients are spread over them.
 func TestNUDP02OneOfSeveralAddresses(t *testing.T) {
