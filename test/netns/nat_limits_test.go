@@ -181,7 +181,7 @@ func TestNCGN08Quarantine(t *testing.T) {
 	g := l.Gateway(c)
 	at := netip.AddrPortFrom(lab.Srv4, 9000)
 	echo(t, l.Client.MustDial("udp4", at.String(), time.Second), "hello")
-	lab.Eventually(t, lab.Patience(20*time.Second), "the port rests", func() bool { return counter(g, "ports.resting") == 1 })
+	expires(l, "the port rests", func() bool { return counter(g, "ports.resting") == 1 })
 	begun, refused := time.Now(), 0
 	lab.Eventually(t, lab.Patience(20*time.Second), "another client gets the port", func() bool {
 		c := l.Client2.MustDial("udp4", at.String(), time.Second)
@@ -253,8 +253,8 @@ func TestNCGN14OneRecordForABlock(t *testing.T) {
 	for range 16 {
 		echo(t, l.Client.MustDial("udp4", at.String(), time.Second), "hello")
 	}
-	returned := g.AwaitRecord("port block returned", lab.Patience(30*time.Second), func(lab.Record) bool { return true })
-	all := g.Records("port block allocated")
+	expires(l, "the block is returned", func() bool { return len(g.Records("port block returned")) > 0 })
+	returned, all := g.Records("port block returned")[0], g.Records("port block allocated")
 	if len(all) != 1 || all[0].Text("client") != lab.Client4.String() || all[0].Text("external") != lab.Outside4.String() ||
 		all[0].Text("ports") != returned.Text("ports") || returned.Text("client") != lab.Client4.String() {
 		t.Errorf("records: %v, then %v", all, returned)
