@@ -1,8 +1,10 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"maps"
+	"time"
 
 	"github.com/sluicegw/sluice/filters/pcp"
 )
@@ -39,6 +41,15 @@ func (g *gateway) Counters() map[string]uint64 {
 				"pcp.exhausted": c.Exhausted, "pcp.failed": c.Failed, "pcp.bad": c.Bad, "pcp.mappings": c.Mappings,
 			})
 		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if c, err := g.Table.Counters(ctx); err == nil { // else what counts the packets is busy, or gone
+		maps.Copy(m, map[string]uint64{
+			"table.queued": c["queued"], "table.permitted": c["permitted"], "table.refused": c["refused"],
+			"table.discarded": c["discarded"], "table.exhausted": c["exhausted"], "table.spoofed": c["spoofed"],
+			"table.not_syn": c["not_syn"], "table.cut": c["cut"], "table.unmarked": c["unmarked"],
+		})
 	}
 	for _, d := range q.Queues {
 		m[fmt.Sprintf("queue.%d.depth", d.Number)] = uint64(d.Depth)

@@ -67,6 +67,16 @@ var meanings = map[string]string{
 	"pcp.bad":        "requests that could not be read, or ask for what nobody can give",
 	"pcp.mappings":   "mappings now",
 
+	"table.queued":    "first packets for user space",
+	"table.permitted": "first packets that a permission let in",
+	"table.refused":   "packets refused with an answer",
+	"table.discarded": "packets dropped silently",
+	"table.exhausted": "first packets for which there was no port, or whose client had all its sessions",
+	"table.spoofed":   "packets whose source cannot be where they came from",
+	"table.not_syn":   "TCP that belongs to no known connection",
+	"table.cut":       "packets of flows that were ended",
+	"table.unmarked":  "packets that would have been forwarded without a decision",
+
 	"reports.losses": "times that reports of denials and permissions were lost",
 }
 

@@ -303,7 +303,7 @@ func TestNCGN05SessionsOfOneClient(t *testing.T) {
 			c.Protocols = "  carried: {tcp: 9001}\n"
 			c.Rules = "  - {name: carried, action: allow, from: lan, to: wan, protocols: carried, no_kernel_mode: true}\n" + c.Rules
 			c.Extra = "ports: {sessions: 9}\n"
-			l.Gateway(c)
+			g := l.Gateway(c)
 			at, carried := netip.AddrPortFrom(lab.Srv4, 9000), netip.AddrPortFrom(lab.Srv4, 9001)
 			var granted []net.Conn
 			for range 3 {
@@ -322,6 +322,9 @@ func TestNCGN05SessionsOfOneClient(t *testing.T) {
 				}
 				echo(t, l.Client2.MustDial("udp4", at.String(), time.Second), "hello")
 				echo(t, l.Client2.MustDial("tcp4", at.String(), 5*time.Second), "hello")
+			}
+			if n := counter(g, "table.exhausted"); n < 6 {
+				t.Errorf("%d refused packets are counted", n)
 			}
 			for _, c := range granted {
 				echo(t, c, "still here")
