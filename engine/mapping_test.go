@@ -56,7 +56,7 @@ func mappingBench(t testing.TB, p *policy.Policy, filters ...filterapi.Filter) (
 	ports := nat.NewAllocatorWith(nat.AllocatorConfig{
 		Leases: []nat.Range{leases}, Quota: 1000, Quarantine: nat.Quarantine, Now: time.Now, Busy: func(nat.Endpoint) bool { return false },
 	})
-	e, err := New(Config{Policy: p, Filters: filters, Kernel: k, Routes: fakeRoutes{}, Ports: ports, Leases: []nat.Range{leases}, Log: zap.New(core)})
+	e, err := New(Config{Policy: p, Filters: filters, Kernel: k, Routes: fakeRoutes{}, Ports: ports, Log: zap.New(core)})
 	if err != nil {
 		t.Fatal(err)
 	}
