@@ -45,3 +45,26 @@ func TestPublicationThatIsNone(t *testing.T) {
 		t.Error("a box of a third publication of two was taken")
 	}
 }
+
+// A client that is to see the gateway sees the address that the route to it
+// prefers, in both families, for one source and for all.
+func TestPermitFromGateway(t *testing.T) {
+	inBothFamilies(t, func(t *testing.T, j journey, table *Table, e ends) {
+		gateway := map[bool]netip.Addr{true: netip.MustParseAddr("10.0.0.1"), false: netip.MustParseAddr("fd00:a::1")}[e.client.Is4()]
+		p := e.published(1, flow.TCP)
+		p.FromGateway = true
+		serve(t, j.client, p.Client.String())
+		install(t, table, p)
+		wantFrom(t, j.server, e.server, p.External, gateway)
+		revoke(t, table, p)
+		p.Sources, p.AnySource, p.Multiple = nil, true, true
+		install(t, table, p)
+		for range 2 {
+			wantFrom(t, j.server, e.server, p.External, gateway)
+		}
+		revoke(t, table, p)
+		if got := listed(t, table); len(got) != 0 {
+			t.Errorf("the kernel still holds %q", got)
+		}
+	})
+}

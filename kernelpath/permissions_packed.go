@@ -86,7 +86,7 @@ func (k slotKey) slot(says string) slot {
 func leadsToChain(set string) bool {
 	for _, f := range []family{ipv4, ipv6} {
 		switch set {
-		case setPermit(f), setPermitAny(f), setWide(f), mapSource(f):
+		case setPermit(f), setPermitAny(f), setWide(f), mapSource(f), mapInside(f):
 			return true
 		}
 	}
