@@ -117,6 +117,7 @@ func (g *gateway) Reload(ctx context.Context) error {
 	}
 	g.log.Info("reloaded", zap.Int("rules", len(g.policy.Rules())))
 	g.serveSocks()
+	g.warnPublished()
 	if err := g.recheck(context.WithoutCancel(ctx)); err != nil {
 		err = fmt.Errorf("the new policy is in force, but judging the living flows by it failed: %w", err)
 		g.log.Error("reload", zap.Error(err))

@@ -110,6 +110,7 @@ func (g *gateway) run(ctx context.Context, force bool) error {
 		return err
 	}
 	g.warnHost()
+	g.warnPublished()
 	if err := warnSecrets(g.file, g.cfg); err != nil {
 		g.log.Warn("secrets", zap.Error(err))
 	}

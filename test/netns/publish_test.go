@@ -419,3 +419,14 @@ func TestPublishedGRE(t *testing.T) {
 		})
 	})
 }
+
+// An address that is not the gateway's yet is no error, and the log names it.
+func TestPublishedAtNoAddress(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t)
+	g := l.Gateway(lab.Config{Rules: "  - {name: later, action: publish, from: wan, address: 203.0.113.77, protocols: [http], server: 10.0.0.2}\n"})
+	r := g.AwaitRecord("a server is published at an address that is not the gateway's now", 5*time.Second, func(lab.Record) bool { return true })
+	if r.Text("rule") != "later" || r.Text("address") != "203.0.113.77" {
+		t.Errorf("the record says %v", r)
+	}
+}

@@ -59,7 +59,7 @@ func playCallback(ctx context.Context) error {
 			return fmt.Errorf("set up queue %d: %w", laneQueue+n, err)
 		}
 		accept := func(a nfqueue.Attribute) int {
-			_ = nf.SetVerdictWithMark(*a.PacketID, nfqueue.NfAccept, laneMark) // the load notices what is lost
+			_ = nf.SetVerdictWithOption(*a.PacketID, nfqueue.NfAccept, nfqueue.WithMark(uint32(laneMark))) // the load notices what is lost
 			return 0
 		}
 		if err := nf.RegisterWithErrorFunc(ctx, accept, func(error) int { return 0 }); err != nil {
