@@ -13,6 +13,7 @@ import (
 const (
 	attachable = filterapi.ConnectTCP | filterapi.UDPDestination | filterapi.Accepted | filterapi.BindUDP
 	deniable   = attachable | filterapi.BindTCP
+	inFactory  = filterapi.EventMask(1 << 15) // the New of a factory runs, which may refuse it, too
 )
 
 // handledBy says whether a filter's own handler of one of these events runs

@@ -65,7 +65,7 @@ func (e *Engine) Decide(ctx context.Context, first flow.Packet) Decision {
 // changed while its packet was queued.
 func (e *Engine) concerns(c *connection) bool {
 	return c.rule != nil && c.tuple.Proto.HasPorts() &&
-		(len(c.uses) > 0 || c.rule.NoKernelMode || c.perm != nil || e.wide.Load() || e.factories.count.Load() > 0)
+		(len(c.uses) > 0 || c.rule.NoKernelMode || c.perm != nil || e.wide.Load() || e.factories.concern(c.tuple.Src.Addr()))
 }
 
 // forUser says whether a flow that the filters have seen goes to user space.

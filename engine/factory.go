@@ -93,6 +93,16 @@ func (x *factories) of(s *session) []*factory {
 	return out
 }
 
+// concern says whether any of them may be for what a client sends.
+func (x *factories) concern(client netip.Addr) bool {
+	if x.count.Load() == 0 {
+		return false
+	}
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return len(x.byClient[client]) > 0
+}
+
 // owned are the factories of a session.
 func (x *factories) owned(s *session) []*factory {
 	return slices.DeleteFunc(x.of(s), func(f *factory) bool { return f.session != s })
@@ -305,6 +315,9 @@ func (e *Engine) manufacture(ctx context.Context, c *connection) error {
 				return fmt.Errorf("filter %q: %w", f.r.filter.Name(), err)
 			}
 		}
+		if c.isDenied() {
+			return fmt.Errorf("filter %q: %w", f.r.filter.Name(), errDeniedByFilter)
+		}
 	}
 	return nil
 }
@@ -314,8 +327,10 @@ func (e *Engine) attachMade(ctx context.Context, c *connection, f *factory) erro
 		c.told(f.r, a)
 	}
 	h := c.handle(f.r)
+	c.open(f.r, inFactory)
 	df, err := ask(ctx, e.code(f.r, "data filter factory", c), func() (filterapi.DataFilter, error) { return f.New(h) })
-	if err != nil || df == nil {
+	c.shut()
+	if err != nil || df == nil || c.isDenied() {
 		return err
 	}
 	c.mu.Lock()

@@ -142,6 +142,39 @@ func TestFactoriesOfInboundFlows(t *testing.T) {
 	}
 }
 
+// TestAFactoryDenies: New may refuse the flow, which no failure is and no fail
+// mode forgives; outside of it nothing may. Flows of other clients are nothing to
+// the factory, and do not even wait for an answer.
+func TestAFactoryDenies(t *testing.T) {
+	p := &openProbe{probe: &probe{}, mode: filterapi.FailOpen}
+	b, _ := talkBench(t, p)
+	var kept filterapi.Connection
+	f := making(filterapi.ConnectTCP, "0.0.0.0:0", "never")
+	f.New = func(c filterapi.Connection) (filterapi.DataFilter, error) {
+		kept = c
+		if err := c.AttachDataFilter(tagged{}, filterapi.PriorityNAT); !errors.Is(err, filterapi.ErrBadContext) {
+			t.Errorf("attach in New: %v", err)
+		}
+		return tagged{tag: "never"}, c.Deny()
+	}
+	if _, err := idleSession(t, p.probe).SetDataFilterFactory(f); err != nil {
+		t.Fatal(err)
+	}
+	bystander := syn("10.0.0.3:40000", webServer)
+	if _, ok := b.DecideNow(bystander); !ok {
+		t.Error("another client waits for a factory that is not for it")
+	}
+	if _, ok := b.DecideNow(syn(client, webServer)); ok {
+		t.Error("the factory is passed by")
+	}
+	if d := b.Decide(context.Background(), syn(client, webServer)); d.Path != flow.Reject {
+		t.Errorf("path %v, want %v", d.Path, flow.Reject)
+	}
+	if err := kept.Deny(); !errors.Is(err, filterapi.ErrBadContext) {
+		t.Errorf("afterwards: %v", err)
+	}
+}
+
 // TestAFactorysFilterFails goes by the filter's fail mode.
 func TestAFactorysFilterFails(t *testing.T) {
 	for mode, want := range map[filterapi.FailMode]flow.Path{filterapi.FailOpen: flow.Kernel, filterapi.FailClosed: flow.Reject} {

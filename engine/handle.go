@@ -95,7 +95,7 @@ func (h *connHandle) AttachDataFilterWithDestination(df filterapi.DataFilter, p 
 // Deny implements filterapi.Connection.
 func (h *connHandle) Deny() error {
 	h.used("Deny")
-	return h.c.deny(h.r, deniable)
+	return h.c.deny(h.r, deniable|inFactory)
 }
 
 // ExternalName implements filterapi.Connection.

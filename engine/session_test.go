@@ -254,11 +254,17 @@ func TestDisconnect(t *testing.T) {
 	tk := b.decide(t)
 	s := idleSession(t, p)
 	kernel := syn("10.0.0.2:41000", webServer) // in the session, carried by the kernel
-	b.factories.count.Add(1)                   // as if a factory were there: the engine hears of it
+	// A factory of the client's has the engine hear of it.
+	act, err := s.SetDataFilterFactory(making(filterapi.ConnectTCP, "0.0.0.0:9", "other"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	if d := b.Decide(t.Context(), kernel); d.Path != flow.Kernel {
 		t.Fatalf("path %v", d.Path)
 	}
-	b.factories.count.Add(-1)
+	if err := act.Cancel(); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := bindFor(tk, nil); err != nil {
 		t.Fatal(err)
 	}

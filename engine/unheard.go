@@ -77,7 +77,7 @@ func (e *Engine) DecideNow(first flow.Packet) (path flow.Path, ok bool) {
 // plainly judges a flow by the rules, if nothing else has a say.
 func (e *Engine) plainly(rules *policy.Policy, first flow.Packet) (v policy.Verdict, ok bool) {
 	t := first.Tuple
-	if !t.Proto.HasPorts() || first.InIface == "" || e.factories.count.Load() > 0 || e.perms.concern(t) {
+	if !t.Proto.HasPorts() || first.InIface == "" || e.factories.concern(t.Src.Addr()) || e.perms.concern(t) {
 		return v, false
 	}
 	out, local, known := "", false, false

@@ -42,8 +42,8 @@ type Connection interface {
 	AttachDataFilterWithDestination(f DataFilter, p Priority, peer netip.AddrPort) error
 	// Deny refuses what the event asks for: the client of a connect gets a
 	// reset, the peer of an accept too, datagrams to a denied UDP destination
-	// are lost. Only inside the handler of such an event or of a BindEvent,
-	// else ErrBadContext.
+	// are lost. Only inside the handler of such an event or of a BindEvent, or
+	// in DataFilterFactory.New, else ErrBadContext.
 	Deny() error
 
 	// ExternalName and ExternalPeer are the addresses of the external side:

@@ -308,8 +308,9 @@ type DataFilterFactory struct {
 	// address any address; such a factory sees only the flows that their rule,
 	// or another filter, brings to user space.
 	Address netip.AddrPort
-	// New makes the data filter of one connection; nil without an error: none.
-	// An error and a panic go by the filter's FailMode.
+	// New makes the data filter of one connection; nil without an error: none,
+	// and the kernel may carry it. With Connection.Deny it refuses the
+	// connection. An error and a panic go by the filter's FailMode.
 	New      func(Connection) (DataFilter, error)
 	Priority Priority
 	Flags    Flags

@@ -164,7 +164,7 @@ func (c *connection) connectEvent(target netip.AddrPort) filterapi.Event {
 
 // inherit makes a connection one that a permission let in.
 func (c *connection) inherit(p *permission) {
-	c.perm, c.secondary = p, !p.explicit
+	c.perm, c.secondary = p, p.primary != nil
 	if p.primary != nil {
 		c.protocol = p.primary.protocol
 	}

@@ -240,6 +240,7 @@ func TestFactory(t *testing.T) {
 		"any address":       {"0.0.0.0:0", nil, "a!", false},
 		"another address":   {"203.0.113.11:21", nil, "a", false},
 		"none this time":    {"0.0.0.0:0", func(filterapi.Connection) (filterapi.DataFilter, error) { return nil, nil }, "a", false},
+		"denied":            {"0.0.0.0:0", func(c filterapi.Connection) (filterapi.DataFilter, error) { return nil, c.Deny() }, "", true},
 		"an error":          {"0.0.0.0:0", func(filterapi.Connection) (filterapi.DataFilter, error) { return nil, errors.New("no") }, "", true},
 		"a panic, like one": {"0.0.0.0:0", func(filterapi.Connection) (filterapi.DataFilter, error) { panic("no") }, "", true},
 	} {

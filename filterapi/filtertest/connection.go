@@ -69,6 +69,13 @@ func (c *connection) open(kind filterapi.EventMask) {
 	c.mu.Unlock()
 }
 
+// during is open for what is no event.
+func (c *connection) during(kind filterapi.EventMask) {
+	c.mu.Lock()
+	c.handling = kind
+	c.mu.Unlock()
+}
+
 func (c *connection) shut() (denied bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -191,7 +198,7 @@ func (g *Gateway) destinationFilters(c *connection, peer netip.AddrPort) (out []
 func (c *connection) Deny() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.handling&(carried|filterapi.BindTCP) == 0 {
+	if c.handling&(carried|filterapi.BindTCP|inFactory) == 0 {
 		return filterapi.ErrBadContext
 	}
 	c.denied = true

@@ -9,6 +9,9 @@ import (
 	"github.com/sluicegw/sluice/flow"
 )
 
+// inFactory is what runs while a factory's New does.
+const inFactory = filterapi.EventMask(1 << 15)
+
 // factory attaches data filters to connections to come.
 type factory struct {
 	session *session
@@ -103,15 +106,20 @@ func (g *Gateway) fromFactories(fl *Flow) ([]attached, error) {
 	var out []attached
 	for _, f := range fitting {
 		var df filterapi.DataFilter
+		fl.conn.during(inFactory)
 		err := within(g.HandlerTime, func(context.Context) (err error) {
 			df, err = f.ask.New(fl.conn)
 			return err
 		})
+		denied := fl.conn.shut()
 		if err != nil {
 			if err = g.failed(fl.conn, err); err != nil {
 				return nil, err
 			}
 			continue
+		}
+		if denied {
+			return nil, fmt.Errorf("filter %q: %w", g.filter.Name(), filterapi.ErrPolicyDenied)
 		}
 		if df != nil {
 			out = append(out, attached{filter: df, priority: f.ask.Priority})

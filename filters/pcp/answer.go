@@ -9,7 +9,7 @@ import (
 	"github.com/sluicegw/sluice/flow"
 )
 
-// maxFilters bounds the prefixes of one mapping.
+// maxFilters bounds the FILTERs of one mapping.
 const maxFilters = 16
 
 // lowestWish is the lowest external port that a client gets by asking for it:
@@ -75,15 +75,15 @@ func (h *host) ask(r request) (lifetime uint32, external netip.AddrPort, res res
 }
 
 // filters are those of a mapping after the options of a request.
-func (h *host) filters(at endpoint, r request) (out []netip.Prefix, res result) {
+func (h *host) filters(at endpoint, r request) (out []source, res result) {
 	if m := h.find(at); m != nil && m.owner != nil {
 		out = slices.Clone(m.filters)
 	}
 	for _, f := range r.filters {
 		if f.clear {
 			out = nil
-		} else if !slices.Contains(out, f.prefix) {
-			out = append(out, f.prefix)
+		} else if !slices.Contains(out, f.source) {
+			out = append(out, f.source)
 		}
 	}
 	if len(out) > maxFilters {
@@ -114,7 +114,7 @@ func (h *host) may(at endpoint) result {
 }
 
 // mapping makes the mapping of MAP, or renews it.
-func (h *host) mapping(at endpoint, r request, filters []netip.Prefix, pmp bool) (uint32, netip.AddrPort, result) {
+func (h *host) mapping(at endpoint, r request, filters []source, pmp bool) (uint32, netip.AddrPort, result) {
 	fail := func(res result) (uint32, netip.AddrPort, result) { return 0, netip.AddrPort{}, res }
 	m := h.find(at)
 	if m != nil && m.owner != nil && !m.owner.same(r.nonce, pmp) {
@@ -139,7 +139,7 @@ func (h *host) mapping(at endpoint, r request, filters []netip.Prefix, pmp bool)
 		return seconds(lifetime), m.external, success
 	}
 	m.owner, m.filters = owner, filters
-	if err := h.settle(m); err != nil {
+	if err := h.settle(at, m); err != nil {
 		h.end(at)
 		return fail(h.failed(err, false))
 	}
@@ -205,7 +205,7 @@ func (h *host) unmap(protos []flow.Proto, port uint16, n nonce, pmp bool) (exter
 			external = m.external
 		}
 		m.owner, m.filters = nil, nil
-		if len(m.peers) == 0 || h.settle(m) != nil {
+		if len(m.peers) == 0 || h.settle(at, m) != nil {
 			h.end(at)
 		}
 	}
@@ -246,7 +246,7 @@ func (h *host) peer(at endpoint, r request) (uint32, netip.AddrPort, result) {
 		return seconds(lifetime), m.external, success
 	}
 	m.peers[r.remote] = c
-	if err := h.settle(m); err != nil {
+	if err := h.settle(at, m); err != nil {
 		h.end(at)
 		return fail(h.failed(err, false))
 	}
@@ -259,7 +259,7 @@ func (h *host) unpeer(at endpoint, m *mapping, r request) (uint32, netip.AddrPor
 		return 0, netip.AddrPortFrom(unspecified(h.addr), 0), success
 	}
 	delete(m.peers, r.remote)
-	if m.owner == nil && len(m.peers) == 0 || h.settle(m) != nil {
+	if m.owner == nil && len(m.peers) == 0 || h.settle(at, m) != nil {
 		h.end(at)
 	}
 	return 0, m.external, success

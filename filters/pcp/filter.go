@@ -134,21 +134,32 @@ func (s *Server) Shutdown() {
 
 // AttachToSession implements filterapi.Filter.
 func (s *Server) AttachToSession(x filterapi.Session) (filterapi.SessionFilter, filterapi.Events, error) {
-	if _, ok := s.mine.Load(x.ID()); !ok {
+	h, ok := s.mine.Load(x.ID())
+	if !ok {
 		return nil, filterapi.Events{}, nil
 	}
 	// Whoever hears of a bind's beginning hears of its end.
-	return &session{s}, filterapi.Events{
+	return &session{s, x, h.(*host)}, filterapi.Events{
 		Types: filterapi.BindTCP | filterapi.BindUDP | filterapi.Terminating, AnyProtocol: true,
 	}, nil
 }
 
 // session is the server's part in the session of a host.
-type session struct{ s *Server }
+type session struct {
+	s *Server
+	x filterapi.Session
+	h *host
+}
 
 // HandleEvent implements filterapi.SessionFilter.
 func (x *session) HandleEvent(_ context.Context, ev filterapi.Event) error {
-	if e, ok := ev.(*filterapi.TerminatingEvent); ok {
+	switch e := ev.(type) {
+	case *filterapi.BindEvent:
+		// It is not open yet.
+		if m := x.h.making.Load(); m != nil {
+			return m.keepGate(x.x, e.Connection.Tuple().Proto, e.External)
+		}
+	case *filterapi.TerminatingEvent:
 		if m, ok := x.s.binds.LoadAndDelete(e.Connection); ok {
 			m.(*mapping).over.Store(true)
 		}

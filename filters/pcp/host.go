@@ -20,6 +20,7 @@ type host struct {
 	session filterapi.Session // nil: none yet
 
 	mappings map[endpoint]*mapping
+	making   atomic.Pointer[mapping] // whose bind is being made; nil: none
 }
 
 // endpoint is a port of the host's.
@@ -40,8 +41,9 @@ type mapping struct {
 	over     atomic.Bool // the bind has ended
 
 	owner   *claim
-	filters []netip.Prefix // of the owner; nil: everybody may come
+	filters []source // of the owner; nil: everybody may come
 	peers   map[netip.AddrPort]*claim
+	gate    gate
 
 	sources *filterapi.IPFilter // what was asked of the bind
 	bound   *filterapi.IPFilter // what another filter has narrowed it to
@@ -97,6 +99,7 @@ func (h *host) forget() {
 
 // drop takes a mapping off the list.
 func (h *host) drop(at endpoint) {
+	h.mappings[at].gate.close()
 	delete(h.mappings, at)
 	h.s.counts.mappings.Add(-1)
 }
@@ -104,9 +107,9 @@ func (h *host) drop(at endpoint) {
 // end ends one mapping. Connections that it has let in go on.
 func (h *host) end(at endpoint) {
 	m := h.mappings[at]
-	h.drop(at)
 	h.s.binds.Delete(m.bind)
 	m.bind.Kill()
+	h.drop(at)
 	h.s.log.Info("mapping ended", zap.Stringer("client", h.addr), zap.Stringer("proto", at.proto),
 		zap.Uint16("port", at.port), zap.Stringer("external", m.external))
 }
@@ -125,7 +128,7 @@ func (h *host) tidy(now time.Time) {
 		}
 		if m.owner == nil && len(m.peers) == 0 {
 			h.end(at)
-		} else if err := h.settle(m); err != nil {
+		} else if err := h.settle(at, m); err != nil {
 			h.end(at) // it would let in who may not come any more
 		}
 	}
@@ -173,8 +176,8 @@ func (m *mapping) wanted() (*filterapi.IPFilter, time.Time) {
 		until = m.owner.until
 	}
 	f := &filterapi.IPFilter{}
-	for _, p := range m.filters {
-		lo, hi := bounds(p)
+	for _, x := range m.filters {
+		lo, hi := bounds(x.prefix)
 		_ = f.IncludeRange(lo, hi) // a prefix is a range
 	}
 	for peer, c := range m.peers {
@@ -191,7 +194,7 @@ func (m *mapping) wanted() (*filterapi.IPFilter, time.Time) {
 
 // settle has the bind let in who may come, and end when it shall. What another
 // filter has narrowed it to is not widened again.
-func (h *host) settle(m *mapping) error {
+func (h *host) settle(at endpoint, m *mapping) error {
 	now := m.bind.IPFilter()
 	if !now.Equal(m.sources) {
 		m.bound, m.narrow = now, true
@@ -201,10 +204,17 @@ func (h *host) settle(m *mapping) error {
 		f = both(f, m.bound)
 	}
 	m.sources = f
+	// Nobody comes in by an address whose port is not looked at yet.
+	if err := m.keepGate(m.bind.Session(), at.proto, m.external); err != nil {
+		return err
+	}
 	if !f.Equal(now) {
 		if err := m.bind.SetIPFilter(f); err != nil {
 			return err
 		}
+	}
+	if !m.byPort() {
+		m.gate.remove()
 	}
 	if err := m.bind.SetExpiry(max(time.Until(until), time.Millisecond)); err != nil {
 		return err
@@ -254,8 +264,13 @@ func (h *host) make(at endpoint, m *mapping, wish uint16, exact bool) result {
 	if wish != 0 {
 		b.External = netip.AddrPortFrom(unspecified(h.addr), wish)
 	}
+	h.making.Store(m)
 	binds, err := s.BindForClient(b)
+	h.making.Store(nil)
 	if err != nil {
+		if failure := m.gate.close(); failure != nil {
+			err = failure // the bind was refused because of it
+		}
 		return h.failed(err, exact)
 	}
 	m.bind = binds[0]
@@ -266,6 +281,7 @@ func (h *host) make(at endpoint, m *mapping, wish uint16, exact bool) result {
 	if err != nil {
 		h.s.binds.Delete(m.bind)
 		m.bind.Kill()
+		m.gate.close()
 		return h.failed(err, exact)
 	}
 	h.mappings[at] = m

@@ -101,11 +101,11 @@ type request struct {
 	options       []byte // those that were understood, as they came
 }
 
-// filterOption is a FILTER option: clear takes all former ones away, else the
-// hosts of a prefix may come.
+// filterOption is a FILTER option: clear takes all former ones away, else one
+// more source may come.
 type filterOption struct {
-	clear  bool
-	prefix netip.Prefix
+	clear bool
+	source
 }
 
 // parse reads a request that came from an address. It has at least two octets,
@@ -188,9 +188,7 @@ func (r *request) option(code byte, data []byte, from netip.Addr) (known bool, r
 	return false, unsuppOption // THIRD_PARTY is not allowed (section 13.1)
 }
 
-// parseFilter reads a FILTER option of a client. The kernel's sets know sources
-// by their addresses; a single port of a host cannot be kept, and is not widened
-// to the host.
+// parseFilter reads a FILTER option of a client.
 func parseFilter(data []byte, from netip.Addr) (f filterOption, res result) {
 	if len(data) != filterSize {
 		return f, malformedOption
@@ -205,10 +203,7 @@ func parseFilter(data []byte, from netip.Addr) (f filterOption, res result) {
 	if bits <= 0 || bits > addr.BitLen() || addr.Is4() != from.Is4() {
 		return f, malformedOption
 	}
-	if port != 0 {
-		return f, unsuppOption
-	}
-	return filterOption{prefix: netip.PrefixFrom(addr, bits).Masked()}, success
+	return filterOption{source: source{netip.PrefixFrom(addr, bits).Masked(), port}}, success
 }
 
 // address reads an address of 128 bits, where IPv4 is mapped (section 5).

@@ -45,6 +45,10 @@ func TestPCPOfAMapping(t *testing.T) {
 		stranger := socket(s.Other, to(s.other, 3001))
 		lost(s.t, stranger, at, own) // whatever the network rule says
 		reaches(s.t, socket(s.Srv, to(s.srv, 3001)), at, own)
+		ask.options = append(append([]byte{}, pcpClear...), pcpFilter(128, to(s.srv, 3003))...)
+		c.maps(ask)
+		lost(s.t, socket(s.Srv, to(s.srv, 3004)), at, own) // another port
+		reaches(s.t, socket(s.Srv, to(s.srv, 3003)), at, own)
 		ask.lifetime, ask.options = 0, nil
 		c.gets(pcpSuccess, pcpMap, ask, "given back")
 		// What is left is the network rule's.
