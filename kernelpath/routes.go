@@ -20,6 +20,9 @@ var (
 	ErrUnreachable = fmt.Errorf("unreachable route: %w", unix.EHOSTUNREACH)
 	ErrProhibited  = errors.New("administratively prohibited")   // a route of type prohibit
 	ErrBlackhole   = errors.New("silently dropped by its route") // a route of type blackhole
+	// ErrNoHost: a broadcast address of a link of the gateway's, or an anycast
+	// address of its own. The gateway itself hears what is sent there.
+	ErrNoHost = errors.New("not the address of a host")
 )
 
 // maxRoutes bounds the cache, some 100 bytes an entry. A full one is emptied:
@@ -141,8 +144,8 @@ func (r *Routes) forget(links bool) {
 // Lookup gives the interface that leads to dst, for a packet without a mark,
 // and the source address that the route prefers (invalid where the kernel
 // names none); local says that dst is the gateway's own. A zone in dst names
-// the interface. Errors match ErrNoRoute, ErrUnreachable, ErrProhibited or
-// ErrBlackhole, unless the question itself failed.
+// the interface. Errors match ErrNoRoute, ErrUnreachable, ErrProhibited,
+// ErrBlackhole or ErrNoHost, unless the question itself failed.
 func (r *Routes) Lookup(dst netip.Addr) (iface string, source netip.Addr, local bool, err error) {
 	dst = dst.Unmap()
 	cache := r.routes.Load()
@@ -232,6 +235,8 @@ func (r *Routes) ask(dst netip.Addr) (a routeAnswer, keep bool) {
 		return fail(ErrProhibited, true)
 	case unix.RTN_BLACKHOLE:
 		return fail(ErrBlackhole, true)
+	case unix.RTN_BROADCAST, unix.RTN_ANYCAST:
+		return fail(ErrNoHost, true)
 	}
 	if a.iface, err = r.InterfaceName(route.LinkIndex); err != nil {
 		return fail(err, false)

@@ -11,7 +11,8 @@ import (
 func newTestRoutes(t testing.TB) (space, *Routes) {
 	t.Helper()
 	s := newSpace(t)
-	s.sh(`ip link add a0 type veth peer name a1; ip link add b0 type veth peer name b1
+	s.sh(`sysctl -qw net.ipv6.conf.all.forwarding=1
+		ip link add a0 type veth peer name a1; ip link add b0 type veth peer name b1
 		for x in a0 a1 b0 b1; do ip link set $x up; done
 		ip addr add 10.0.0.1/24 dev a0; ip addr add 203.0.113.1/24 dev b0
 		ip -6 addr add fd00:a::1/64 dev a0 nodad; ip -6 addr add 2001:db8:b::1/64 dev b0 nodad
@@ -44,6 +45,8 @@ func checkRoutes(t *testing.T, r *Routes) {
 		{"2001:db8:dead::1", "", ErrUnreachable},
 		{"2001:db8:dead::2", "", ErrProhibited},
 		{"2001:db8:dead::3", "", ErrBlackhole},
+		{"203.0.113.255", "", ErrNoHost},
+		{"fd00:a::", "", ErrNoHost}, // the routers of a link (RFC 4291, 2.6.1)
 	} {
 		iface, source, local, err := r.Lookup(netip.MustParseAddr(c.dst))
 		got := fmt.Sprint(iface, " ", source, " ", local)

@@ -29,7 +29,8 @@ type client struct {
 	conn  net.Conn
 	at    netip.AddrPort
 	local netip.Addr // the gateway's address that it came to
-	user  string     // under f.mu
+	has   *tally
+	user  string // under f.mu
 
 	ctx  context.Context
 	stop context.CancelCauseFunc
@@ -120,15 +121,39 @@ func (c *client) method() error {
 	if err != nil {
 		return err
 	}
-	if !c.set.Authenticate(user, password) {
+	right, err := c.authenticate(user, password)
+	if err != nil {
+		return err
+	}
+	if !right {
 		c.f.log.Info("wrong password", zap.Stringer("client", c.at), zap.String("user", user))
 		_ = c.send([]byte{1, 1})
 		return errors.New("wrong password")
 	}
+	return c.send([]byte{1, 0})
+}
+
+// authenticate looks at a password when it is the client's turn, and has the
+// client be that user. An error: its time was over before.
+func (c *client) authenticate(user, password string) (right bool, err error) {
+	ctx, cancel := context.WithTimeout(c.ctx, c.set.Handshake)
+	defer cancel()
+	select {
+	case c.has.checking <- struct{}{}:
+	case <-ctx.Done():
+		return false, context.Cause(ctx)
+	}
+	right = c.set.Authenticate(user, password)
+	<-c.has.checking
+	if !right {
+		return false, nil
+	}
+	// Whoever took the user away meanwhile finds the client, or is found here.
 	c.f.mu.Lock()
 	c.user = user
+	s := c.f.settings
 	c.f.mu.Unlock()
-	return c.send([]byte{1, 0})
+	return s.Has == nil || s.Has(user), nil
 }
 
 func (c *client) send(b []byte) error {

@@ -59,18 +59,26 @@ type Filter struct {
 	settings  *Settings
 	listeners map[netip.AddrPort]filterapi.Listener
 	clients   map[*client]struct{}
-	counts    map[netip.Addr]int // connections of each client
+	counts    map[netip.Addr]*tally
 	stopped   bool
 
 	sessions sessions
 	running  sync.WaitGroup
 }
 
+// tally is what a client has of what is bounded.
+type tally struct {
+	connections int // under Filter.mu
+	// checking is held while a password is looked at: one of each client at a
+	// time, so that who guesses has nobody else wait long.
+	checking chan struct{}
+}
+
 // New makes the filter.
 func New() *Filter {
 	return &Filter{
 		listeners: make(map[netip.AddrPort]filterapi.Listener),
-		clients:   make(map[*client]struct{}), counts: make(map[netip.Addr]int),
+		clients:   make(map[*client]struct{}), counts: make(map[netip.Addr]*tally),
 	}
 }
 
@@ -259,16 +267,20 @@ func (f *Filter) admit(conn net.Conn) (*client, error) {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	has := f.counts[at.Addr()]
 	switch {
 	case f.stopped:
 		return nil, errStopping
-	case f.counts[at.Addr()] >= s.PerClient, len(f.clients) >= maxClients:
+	case has != nil && has.connections >= s.PerClient, len(f.clients) >= maxClients:
 		return nil, errTooMany
+	case has == nil:
+		has = &tally{checking: make(chan struct{}, 1)}
+		f.counts[at.Addr()] = has
 	}
-	c := &client{f: f, set: s, conn: conn, at: at, local: local.Addr().Unmap()}
+	c := &client{f: f, set: s, conn: conn, at: at, local: local.Addr().Unmap(), has: has}
 	c.ctx, c.stop = context.WithCancelCause(context.Background())
 	f.clients[c] = struct{}{}
-	f.counts[at.Addr()]++
+	has.connections++
 	return c, nil
 }
 
@@ -278,7 +290,7 @@ func (f *Filter) leave(c *client) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	delete(f.clients, c)
-	if f.counts[c.at.Addr()]--; f.counts[c.at.Addr()] == 0 {
+	if c.has.connections--; c.has.connections == 0 {
 		delete(f.counts, c.at.Addr())
 	}
 }

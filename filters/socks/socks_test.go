@@ -180,6 +180,54 @@ func TestPassword(t *testing.T) {
 	}
 }
 
+// Who guesses has one password looked at at a time, whatever he opens: another
+// client's is next.
+func TestGuessingHoldsNobodyUp(t *testing.T) {
+	s := settings()
+	looking, look := make(chan string), make(chan bool)
+	s.Authenticate = func(user, _ string) bool {
+		looking <- user
+		return <-look
+	}
+	g, _ := start(t, s)
+	offer := func(from netip.Addr) net.Conn {
+		c := dial(t, g, from)
+		say(t, c, "\x05\x01\x02", "\x05\x02")
+		say(t, c, "\x01\x05guess\x01x", "")
+		return c
+	}
+	guesses := []net.Conn{offer(alice), offer(alice), offer(alice)}
+	<-looking
+	other := dial(t, g, netip.MustParseAddr("10.0.0.3"))
+	say(t, other, "\x05\x01\x02", "\x05\x02")
+	say(t, other, "\x01\x03bob\x01x", "")
+	if user := <-looking; user != "bob" {
+		t.Fatalf("%q is looked at, and bob waits", user)
+	}
+	look <- true
+	look <- true // one of them is the first of the guesses
+	for range len(guesses) - 1 {
+		<-looking
+		look <- true
+	}
+	say(t, other, "", "\x01\x00")
+	for _, c := range guesses {
+		say(t, c, "", "\x01\x00")
+	}
+}
+
+// A user that is taken away while his password is looked at is nobody.
+func TestUserGoneMeanwhile(t *testing.T) {
+	s := settings()
+	s.Has = func(string) bool { return false }
+	s.Authenticate = func(string, string) bool { return true }
+	g, _ := start(t, s)
+	c := dial(t, g, alice)
+	say(t, c, "\x05\x01\x02", "\x05\x02")
+	say(t, c, "\x01\x03bob\x01x", "\x01\x01")
+	hungUp(t, c)
+}
+
 // A client has as many connections as it may, another one its own.
 func TestLimit(t *testing.T) {
 	g, f := start(t, settings())
@@ -194,7 +242,7 @@ func TestLimit(t *testing.T) {
 	_ = held[0].Close()
 	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
 		f.mu.Lock()
-		n := f.counts[alice]
+		n := f.counts[alice].connections
 		f.mu.Unlock()
 		if n == 3 {
 			break

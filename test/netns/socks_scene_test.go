@@ -158,6 +158,15 @@ func (s *scene) code5(want byte, user string, command byte, target []byte) {
 	}
 }
 
+// everybody is an address of the outside's link at which the gateway hears, too:
+// the broadcast address, or in IPv6 that of the link's routers.
+func (s *scene) everybody() netip.Addr {
+	if s.srv.Is6() {
+		return netip.MustParseAddr("2001:db8:b::")
+	}
+	return netip.MustParseAddr("203.0.113.255")
+}
+
 // url is an http address of srv's.
 func (s *scene) url(port, bytes int) string {
 	return fmt.Sprintf("http://%v/%d", to(s.srv, port), bytes)

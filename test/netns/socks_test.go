@@ -71,6 +71,7 @@ func TestSocksAnswers(t *testing.T) {
 			{"a network without a route", 3, socksConnect, socksAddress(to(s.remote, 8))},
 			{"a port that no rule allows", 2, socksConnect, socksAddress(to(s.srv, 23))},
 			{"the gateway itself", 2, socksConnect, socksAddress(to(s.inside, 8))},
+			{"the broadcast, or the routers', address of a link", 2, socksConnect, socksAddress(to(s.everybody(), 8))},
 			{"the gateway's loopback", 2, socksConnect, socksAddress(netip.MustParseAddrPort(loopback))},
 			{"the other address family", 8, socksConnect, socksAddress(to(other.srv, 8))},
 			{"an unknown type of address", 8, socksConnect, []byte{9, 1, 2, 3}},

@@ -65,6 +65,7 @@ func TestB32SocksAssociate(t *testing.T) {
 		peers := s.Other.EchoUDP(7)
 		a := s.associate()
 		s.Other.EchoUDP(22)
+		own := s.GW.EchoUDP(7)
 		for range 2 {
 			a.say(socksAddress(to(s.srv, 7)), "to srv")
 			a.hears(to(s.srv, 7), "to srv")
@@ -85,11 +86,16 @@ func TestB32SocksAssociate(t *testing.T) {
 		}
 		a.say(socksAddress(to(s.other, 22)), "no rule")
 		a.say([]byte("\x03\x0bnobody.test\x00\x07"), "no name")
-		a.say(socksAddress(to(s.inside, 7)), "the gateway")
+		for _, at := range []netip.Addr{s.inside, s.outside, s.everybody()} {
+			a.say(socksAddress(to(at, 7)), "the gateway")
+		}
 		mustWrite(s.t, a, "\x00\x00\x01"+string(socksAddress(to(s.srv, 7)))+"a fragment")
 		mustWrite(s.t, a, "\x00\x00\x00\x09")
 		a.deaf("what is refused, broken, or a fragment")
 		s.flowRecord(to(s.other, 22), resultIs("denied"))
+		if list := own.Addrs(); len(list) > 0 {
+			s.t.Errorf("the gateway's own service is reached from %v", list)
+		}
 
 		// Another peer is denied, silently; the rest goes on.
 		s.flowRecord(to(s.other, 7), resultIs("closed")) // forgotten
