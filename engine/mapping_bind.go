@@ -203,7 +203,7 @@ func (e *Engine) mappedBinds() []PermissionInfo {
 			continue
 		}
 		i := PermissionInfo{
-			Permission: x.permission(m), By: "network rule " + x.rules[m.rule].name, Owner: m.inside.addrPort().Addr(),
+			Permission: x.permission(m), By: networkRuleWord + x.rules[m.rule].name, Owner: m.inside.addrPort().Addr(),
 			State: "armed", Path: "kernel", Bind: true, Flows: int(m.flows),
 		}
 		switch {

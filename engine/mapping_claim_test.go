@@ -9,6 +9,7 @@ import (
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
 	"github.com/sluicegw/sluice/policy"
 )
 
@@ -113,6 +114,71 @@ func TestABindIsAtTheMapping(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestTwoBindsForOneEndpoint: one that the kernel refuses takes nothing from the
+// one that is there, by which the client's flows leave also in user space; and of
+// two calls at a time one gets the mapping.
+func TestTwoBindsForOneEndpoint(t *testing.T) {
+	t.Run("the kernel refuses", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b, f := officeBench(t)
+			s, _ := f.call(t, b, client, control, outer)
+			bind, err := claimed(s, 0, "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			rule := b.Policy().NetworkRules()[0].Name
+			leaves := func() netip.AddrPort {
+				return b.perms.leavesFrom(rule, flow.Tuple{Proto: flow.UDP, Src: ap("10.0.0.2:5000"), Dst: ap(phone)})
+			}
+			if at := leaves(); at != bind.Tuple().Dst {
+				t.Fatalf("leaves from %v, the bind is at %v", at, bind.Tuple().Dst)
+			}
+			b.kernel.fail = nat.ErrConflict
+			if _, err := claimed(s, 0, ""); !errors.Is(err, filterapi.ErrAlreadyExists) {
+				t.Errorf("another one: %v", err)
+			}
+			b.kernel.fail = nil
+			for range 2 {
+				if at := leaves(); at != bind.Tuple().Dst {
+					t.Errorf("leaves from %v, the bind is at %v", at, bind.Tuple().Dst)
+				}
+				time.Sleep(time.Minute)
+				synctest.Wait()
+			}
+			bind.Kill()
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			if at := leaves(); at.IsValid() || len(b.perms.leaving) != 0 {
+				t.Errorf("it has ended, and %v is left, %d in the list", at, len(b.perms.leaving))
+			}
+		})
+	})
+	t.Run("at a time", func(t *testing.T) {
+		b, s := mappedOffice(t, policy.FilterAddressAndPort)
+		own := b.sessions.all()[0]
+		ask := filterapi.Bind{
+			Negotiated: filterapi.Negotiated{Protocol: "talk", Proto: flow.UDP, Flags: filterapi.SameSource | filterapi.AllowMultiple},
+			Clients:    []netip.AddrPort{ap("10.0.0.2:5000")},
+		}
+		terms, err := own.checkCall(ask.Negotiated, bindFlags, netip.AddrPort{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		at, err := own.findPlace(ask, terms) // a call that is slow
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := claimed(s, 0, ""); err != nil {
+			t.Fatal(err)
+		}
+		late := own.newBind(ask, terms, at, 0, ask.Clients[0])
+		if err := b.openBinds([]*permission{late}); !errors.Is(err, filterapi.ErrAlreadyExists) {
+			t.Errorf("the slow call: %v", err)
+		}
+		b.abandon(late)
+	})
 }
 
 // TestABindThatTheKernelRefuses leaves no mapping.

@@ -38,35 +38,35 @@ type leavingKey struct {
 // has that; else it is invalid.
 func (s *permissions) leavesFrom(networkRule string, t flow.Tuple) netip.AddrPort {
 	s.mu.Lock()
-	p := s.leaving[leavingKey{networkRule, t.Proto, t.Src}]
+	all := s.leaving[leavingKey{networkRule, t.Proto, t.Src}]
 	s.mu.Unlock()
-	if p == nil {
-		return netip.AddrPort{}
+	for _, p := range all {
+		p.mu.Lock()
+		want, form := p.wanted()
+		p.mu.Unlock()
+		if want == holdsOpening {
+			return form.External
+		}
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if want, _ := p.wanted(); want != holdsOpening {
-		return netip.AddrPort{}
-	}
-	return p.External
+	return netip.AddrPort{}
 }
 
 // permissions are those that wait or whose flows live. Its lock is taken
 // before that of a permission or a session, never after.
 type permissions struct {
 	mu       sync.Mutex
-	byKey    map[permKey][]*permission  // oldest first
-	byClient map[netip.Addr]int         // that wait
-	leaving  map[leavingKey]*permission // where what clients send leaves from a bind
-	vias     map[permKey]int            // addresses that lead to targets, without the client
-	count    atomic.Int64               // of byKey
+	byKey    map[permKey][]*permission    // oldest first
+	byClient map[netip.Addr]int           // that wait
+	leaving  map[leavingKey][]*permission // where what clients send leaves from a bind; oldest first
+	vias     map[permKey]int              // addresses that lead to targets, without the client
+	count    atomic.Int64                 // of byKey
 }
 
 func (s *permissions) init() {
 	s.byKey = make(map[permKey][]*permission)
 	s.byClient = make(map[netip.Addr]int)
 	s.vias = make(map[permKey]int)
-	s.leaving = make(map[leavingKey]*permission)
+	s.leaving = make(map[leavingKey][]*permission)
 }
 
 // add takes the permissions of one call in, all of them or none, within the
@@ -122,13 +122,13 @@ func (s *permissions) room(client netip.Addr, n, quota int) bool {
 }
 
 // taken says whether another bind has the external address, of another session
-// or for another client. mu is held.
+// or for another client, or borrows the same mapping. mu is held.
 func (s *permissions) taken(p *permission, client, external netip.AddrPort) bool {
 	if !p.inbound() || !external.IsValid() || p.isEmulated() {
 		return false
 	}
 	return slices.ContainsFunc(s.byKey[permKey{proto: p.Proto, dst: external}], func(old *permission) bool {
-		same := old.Client == client && (old.session == p.session || p.borrows && old.mapping == p.mapping)
+		same := old.Client == client && (old.session == p.session || p.borrows && old.mapping == p.mapping) && !(p.borrows && old.borrows)
 		return old != p && !same && old.waits() && !old.isEmulated() && old.session.lives()
 	})
 }
@@ -138,7 +138,8 @@ func (s *permissions) list(p *permission) {
 	s.byKey[p.key()] = append(s.byKey[p.key()], p)
 	s.count.Add(1)
 	if p.Leaves != "" {
-		s.leaving[leavingKey{p.Leaves, p.Proto, p.Client}] = p
+		at := leavingKey{p.Leaves, p.Proto, p.Client}
+		s.leaving[at] = append(s.leaving[at], p)
 	}
 	if p.Via.IsValid() {
 		s.vias[permKey{proto: p.Proto, dst: p.Via}]++
@@ -147,19 +148,11 @@ func (s *permissions) list(p *permission) {
 
 // unlist takes that back. mu is held.
 func (s *permissions) unlist(p *permission) {
-	key := p.key()
-	i := slices.Index(s.byKey[key], p)
-	if i < 0 {
+	if !without(s.byKey, p.key(), p) {
 		return
 	}
 	s.count.Add(-1)
-	if at := (leavingKey{p.Leaves, p.Proto, p.Client}); s.leaving[at] == p {
-		delete(s.leaving, at)
-	}
-	rest := append(s.byKey[key][:i:i], s.byKey[key][i+1:]...)
-	if s.byKey[key] = rest; len(rest) == 0 {
-		delete(s.byKey, key)
-	}
+	without(s.leaving, leavingKey{p.Leaves, p.Proto, p.Client}, p)
 	if !p.Via.IsValid() {
 		return
 	}
@@ -167,6 +160,21 @@ func (s *permissions) unlist(p *permission) {
 	if s.vias[via]--; s.vias[via] == 0 {
 		delete(s.vias, via)
 	}
+}
+
+// without takes a permission off one of the lists, which are never changed in
+// place; false: it is not there.
+func without[K comparable](lists map[K][]*permission, key K, p *permission) bool {
+	i := slices.Index(lists[key], p)
+	if i < 0 {
+		return false
+	}
+	if len(lists[key]) == 1 {
+		delete(lists, key)
+		return true
+	}
+	lists[key] = append(lists[key][:i:i], lists[key][i+1:]...)
+	return true
 }
 
 // address gives a bind the client's address that it waits for, and before what

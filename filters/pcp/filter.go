@@ -76,6 +76,7 @@ type Server struct {
 	since  atomic.Pointer[time.Time] // when the state of mappings began
 
 	counts  counts
+	most    int // mappings of all hosts together
 	workers []*worker
 	mine    sync.Map // session ID -> its *host
 	binds   sync.Map // filterapi.Connection -> its *mapping
@@ -86,7 +87,7 @@ type Server struct {
 
 // New makes the filter. It serves nobody until Configure.
 func New() *Server {
-	return &Server{interfaces: addressesOf, wake: make(chan struct{}, 1)}
+	return &Server{interfaces: addressesOf, wake: make(chan struct{}, 1), most: maxMappings}
 }
 
 // Name implements filterapi.Filter.
@@ -99,7 +100,7 @@ func (s *Server) Init(fw filterapi.Firewall) (filterapi.Events, error) {
 	var ctx context.Context
 	ctx, s.stop = context.WithCancel(context.Background())
 	for range workers {
-		w := &worker{s: s, jobs: make(chan job, backlog), hosts: make(map[netip.Addr]*host)}
+		w := &worker{s: s, jobs: make(chan job, backlog), hosts: make(map[netip.Addr]*host), waiting: make(map[netip.Addr]int)}
 		s.workers = append(s.workers, w)
 		s.running.Go(func() { w.run(ctx) })
 	}
@@ -183,99 +184,6 @@ func (s *Server) epoch() uint32 {
 func (s *Server) begin() {
 	now := time.Now()
 	s.since.Store(&now)
-}
-
-const (
-	// workers is how many hosts are answered at the same time.
-	workers = 8
-	// backlog is how many requests may wait for a worker. A client whose
-	// request is lost repeats it (section 8.1.1).
-	backlog = 64
-)
-
-// job is what a worker does: answer a request, or look after its hosts.
-type job struct {
-	from  netip.AddrPort
-	text  []byte
-	reply func([]byte)
-	// readdressed: the external address has changed, and the mappings of IPv4
-	// lead nowhere.
-	readdressed bool
-}
-
-// hand gives a request to the worker of its host; a full one loses it.
-func (s *Server) hand(j job) {
-	a := j.from.Addr().As16()
-	s.counts.requests.Add(1)
-	sum := 0
-	for _, x := range a {
-		sum = sum*31 + int(x)
-	}
-	select {
-	case s.workers[uint(sum)%workers].jobs <- j:
-	default:
-		s.counts.lost.Add(1)
-	}
-}
-
-// look has all workers look after their hosts.
-func (s *Server) look(ctx context.Context, j job) {
-	for _, w := range s.workers {
-		select {
-		case w.jobs <- j:
-		case <-ctx.Done():
-		}
-	}
-}
-
-// worker answers the requests of some of the hosts.
-type worker struct {
-	s     *Server
-	jobs  chan job
-	hosts map[netip.Addr]*host
-}
-
-func (w *worker) run(ctx context.Context) {
-	for {
-		select {
-		case j := <-w.jobs:
-			w.do(j)
-		case <-ctx.Done():
-			return
-		}
-	}
-}
-
-func (w *worker) do(j job) {
-	c := w.s.serving()
-	if j.reply == nil {
-		for a, h := range w.hosts {
-			if !c.serves(a) || j.readdressed && a.Is4() {
-				h.forget()
-			}
-			if h.tidy(time.Now()); len(h.mappings) == 0 {
-				h.close()
-				delete(w.hosts, a)
-			}
-		}
-		return
-	}
-	a := j.from.Addr()
-	h := w.hosts[a]
-	if h == nil {
-		h = &host{s: w.s, addr: a, mappings: make(map[endpoint]*mapping)}
-	}
-	h.config = c
-	h.tidy(time.Now())
-	if answer := h.answer(j.text); answer != nil {
-		j.reply(answer)
-	}
-	if len(h.mappings) > 0 {
-		w.hosts[a] = h
-		return
-	}
-	h.close()
-	delete(w.hosts, a)
 }
 
 // serves says whether a host is in a network that is served, as far as its

@@ -239,6 +239,9 @@ func both(a, b *filterapi.IPFilter) *filterapi.IPFilter {
 // make opens a bind for an endpoint and keeps it as a mapping that has its
 // claims already. exact: it is the wish or nothing.
 func (h *host) make(at endpoint, m *mapping, wish uint16, exact bool) result {
+	if h.s.counts.mappings.Load() >= int64(h.s.most) {
+		return noResources
+	}
 	s, err := h.open()
 	if err != nil {
 		return h.failed(err, exact)

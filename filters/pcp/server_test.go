@@ -125,47 +125,6 @@ func (c *client) must(want result, w wants, why string) netip.AddrPort {
 	return at
 }
 
-// TestQuota: who has too much is told so, and nothing of anybody is taken away.
-func TestQuota(t *testing.T) {
-	play(t, usual(), func(s *scene) {
-		one, two := s.client("10.0.0.2"), s.client("10.0.0.3")
-		first := two.must(success, wants{flow.UDP, 5000, 600, 1, nil}, "another host")
-		for i := range uint16(4) {
-			one.must(success, wants{flow.TCP, 5000 + i, 600, 1, nil}, "within the quota")
-		}
-		one.must(userExQuota, wants{flow.TCP, 5004, 600, 1, nil}, "one more")
-		one.must(success, wants{flow.TCP, 5003, 600, 1, nil}, "one again")
-		if again := two.must(success, wants{flow.UDP, 5000, 600, 1, nil}, "another host"); again != first || len(s.g.Open()) != 5 {
-			t.Errorf("%v, was %v; open: %v", again, first, s.g.Open())
-		}
-		s.g.Quota = 5 // of the gateway, for all that a client has
-		two.must(success, wants{flow.TCP, 5001, 600, 1, nil}, "within it")
-		if c := s.s.Counters(); c.Quota != 1 || c.Mappings != 6 || c.Granted != 8 {
-			t.Errorf("counters %+v", c)
-		}
-		s.g.Quota = 2
-		two.must(userExQuota, wants{flow.TCP, 5002, 600, 1, nil}, "beyond it")
-	})
-}
-
-// TestExhaustion: no port is free for anybody.
-func TestExhaustion(t *testing.T) {
-	play(t, usual(), func(s *scene) {
-		s.g.Ports = 2
-		one, two := s.client("10.0.0.2"), s.client("10.0.0.3")
-		one.must(success, wants{flow.TCP, 5000, 600, 1, nil}, "the first port")
-		one.must(success, wants{flow.TCP, 5001, 600, 1, nil}, "the last port")
-		two.must(noResources, wants{flow.TCP, 5000, 600, 1, nil}, "none is left")
-		if len(s.g.Open()) != 2 {
-			t.Errorf("open: %v", s.g.Open())
-		}
-		one.must(success, wants{flow.TCP, 5001, 0, 1, nil}, "one is given back")
-		two.must(success, wants{flow.TCP, 5000, 600, 1, nil}, "it is free")
-		s.g.Refuse = errors.New("no")
-		two.must(networkFailure, wants{flow.UDP, 5000, 600, 1, nil}, "the kernel refuses")
-	})
-}
-
 // TestRules: who may not is told so, and what was opened ends with the session.
 func TestRules(t *testing.T) {
 	play(t, usual(), func(s *scene) {
