@@ -82,7 +82,7 @@ func (g *gateway) apply(cfg *config.Config, p *policy.Policy) error {
 	if err != nil {
 		return err
 	}
-	if err := checkPublished(p, g.file); err != nil {
+	if err := checkPublished(cfg, p, g.file); err != nil {
 		return err
 	}
 	if err := checkPorts(cfg); err != nil {
@@ -111,6 +111,7 @@ func (g *gateway) apply(cfg *config.Config, p *policy.Policy) error {
 func (g *gateway) Reload(ctx context.Context) error {
 	g.change.Lock()
 	defer g.change.Unlock()
+	timeouts := g.cfg.Timeouts
 	if err := g.reload(); err != nil {
 		g.log.Error("reload refused; the running policy stays", zap.Error(err))
 		return err
@@ -118,8 +119,18 @@ func (g *gateway) Reload(ctx context.Context) error {
 	g.log.Info("reloaded", zap.Int("rules", len(g.policy.Rules())))
 	g.serveSocks()
 	g.warnPublished()
+	var errs []error
+	if g.cfg.Timeouts != timeouts {
+		if err := g.prepareHost(); err != nil {
+			g.cfg.Timeouts = timeouts // so that the next reload tries it again
+			errs = append(errs, fmt.Errorf("its timeouts are not: %w", err))
+		}
+	}
 	if err := g.recheck(context.WithoutCancel(ctx)); err != nil {
-		err = fmt.Errorf("the new policy is in force, but judging the living flows by it failed: %w", err)
+		errs = append(errs, fmt.Errorf("judging the living flows by it failed: %w", err))
+	}
+	if err := errors.Join(errs...); err != nil {
+		err = fmt.Errorf("the new policy is in force, but %w", err)
 		g.log.Error("reload", zap.Error(err))
 		return err
 	}
@@ -134,17 +145,7 @@ func (g *gateway) reload() error {
 	if what := needsRestart(g.cfg, next); what != "" {
 		return fmt.Errorf("%s: %s cannot change while the gateway runs; restart it", g.file, what)
 	}
-	before := g.cfg.Timeouts
-	if err := g.apply(next, next.Policy); err != nil {
-		return err
-	}
-	if next.Timeouts == before {
-		return nil
-	}
-	if err := g.prepareHost(); err != nil {
-		return fmt.Errorf("the new policy is in force, but its timeouts are not: %w", err)
-	}
-	return nil
+	return g.apply(next, next.Policy)
 }
 
 // recheck ends the living flows that the policy in force no longer allows,

@@ -17,6 +17,7 @@ import (
 	"github.com/sluicegw/sluice/config"
 	"github.com/sluicegw/sluice/control"
 	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/filters/pcp"
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/nat"
 	"github.com/sluicegw/sluice/policy"
@@ -85,12 +86,17 @@ func kernelPorts(all nat.Range, p *policy.Policy) (nat.Range, error) {
 }
 
 // checkPublished refuses what is published at a port at which the gateway itself
-// listens.
-func checkPublished(p *policy.Policy, file string) error {
+// listens: other programs do, or the configuration has clients served there.
+func checkPublished(cfg *config.Config, p *policy.Policy, file string) error {
 	listening, err := listeners("/proc")
 	if err != nil {
 		return fmt.Errorf("look at the gateway's own ports: %w", err)
 	}
+	served, err := servedAt(cfg, p)
+	if err != nil {
+		return err
+	}
+	listening = append(listening, served...)
 	var errs []error
 	for _, x := range p.Published() {
 		for _, l := range listening {
@@ -108,8 +114,34 @@ func checkPublished(p *policy.Policy, file string) error {
 	return errors.Join(errs...)
 }
 
+// servedAt is where the configuration has clients of the inside served.
+func servedAt(cfg *config.Config, p *policy.Policy) ([]nat.Endpoint, error) {
+	at, err := socksAddresses(cfg.Socks, p)
+	if err != nil {
+		return nil, err
+	}
+	var out []nat.Endpoint
+	for _, a := range at {
+		out = append(out, nat.Endpoint{Proto: flow.TCP, Addr: a})
+	}
+	for _, n := range p.Networks() {
+		if !slices.Contains(cfg.PCP.Networks, n.Name) {
+			continue
+		}
+		addrs, err := ownAddresses(n)
+		if err != nil {
+			return nil, fmt.Errorf("serve network %q: %w", n.Name, err)
+		}
+		for _, a := range addrs {
+			out = append(out, nat.Endpoint{Proto: flow.UDP, Addr: netip.AddrPortFrom(a, pcp.Port)})
+		}
+	}
+	return out, nil
+}
+
 // listeners are the sockets of this machine that wait for anybody: TCP that
-// listens, UDP without a peer. The gateway's own UDP sockets speak for flows.
+// listens, UDP without a peer. The gateway's own are not among them: they speak
+// for flows and give way to what is published, or servedAt names them.
 func listeners(proc string) ([]nat.Endpoint, error) {
 	own, err := ownSockets(proc)
 	if err != nil {
@@ -131,7 +163,7 @@ func listeners(proc string) ([]nat.Endpoint, error) {
 		lines := bufio.NewScanner(f)
 		for lines.Scan() {
 			w := strings.Fields(lines.Text())
-			if len(w) < 10 || w[3] != t.state || t.proto == flow.UDP && own[w[9]] {
+			if len(w) < 10 || w[3] != t.state || own[w[9]] {
 				continue
 			}
 			if at, ok := procAddr(w[1]); ok {

@@ -64,18 +64,13 @@ func (g *gateway) socksSettings() (socks.Settings, error) {
 	if c.Password {
 		s.Authenticate = g.users.Check
 	}
+	var err error
+	if s.Listen, err = socksAddresses(c, g.policy); err != nil {
+		return s, err
+	}
 	for _, n := range g.policy.Networks() {
 		if !slices.Contains(c.Networks, n.Name) {
 			continue
-		}
-		addrs, err := ownAddresses(n)
-		if err != nil {
-			return s, fmt.Errorf("serve network %q: %w", n.Name, err)
-		}
-		for _, a := range addrs {
-			if at := netip.AddrPortFrom(a, c.Port); !slices.Contains(s.Listen, at) {
-				s.Listen = append(s.Listen, at)
-			}
 		}
 		if len(n.Prefixes) == 0 {
 			s.Sources = nil // whoever is reached through its interfaces
@@ -90,6 +85,25 @@ func (g *gateway) socksSettings() (socks.Settings, error) {
 		}
 	}
 	return s, nil
+}
+
+// socksAddresses is where SOCKS is served.
+func socksAddresses(c config.Socks, p *policy.Policy) (list []netip.AddrPort, err error) {
+	for _, n := range p.Networks() {
+		if !slices.Contains(c.Networks, n.Name) {
+			continue
+		}
+		addrs, err := ownAddresses(n)
+		if err != nil {
+			return nil, fmt.Errorf("serve network %q: %w", n.Name, err)
+		}
+		for _, a := range addrs {
+			if at := netip.AddrPortFrom(a, c.Port); !slices.Contains(list, at) {
+				list = append(list, at)
+			}
+		}
+	}
+	return list, nil
 }
 
 // inNetworks says of an address whether it is a host's of some of the networks.
@@ -151,19 +165,23 @@ const settle = 2 * time.Second
 
 // followAddresses serves at the addresses that the gateway has now.
 func (g *gateway) followAddresses(ctx context.Context) error {
-	updates := make(chan rtnl.AddrUpdate, 64)
-	if err := rtnl.AddrSubscribe(updates, ctx.Done()); err != nil {
-		return fmt.Errorf("watch addresses: %w", err)
-	}
+	var updates chan rtnl.AddrUpdate
 	var later <-chan time.Time
 	for {
+		if updates == nil {
+			updates = make(chan rtnl.AddrUpdate, 64)
+			if err := rtnl.AddrSubscribe(updates, ctx.Done()); err != nil {
+				return fmt.Errorf("watch addresses: %w", err)
+			}
+		}
 		select {
 		case _, ok := <-updates:
 			if !ok {
-				if ctx.Err() == nil {
-					return fmt.Errorf("watch addresses: %w", net.ErrClosed)
+				updates = nil // some were lost: begin anew
+				select {
+				case <-time.After(settle):
+				case <-ctx.Done():
 				}
-				return nil
 			}
 			if later == nil {
 				later = time.After(settle)

@@ -330,6 +330,36 @@ func TestPublishedPortOfTheGateway(t *testing.T) {
 	fetch(t, l.Srv, "http://203.0.113.1/10") // the running policy stays
 }
 
+// What the gateway serves to its clients is not published, whichever comes first;
+// and a port that becomes free in the same file is.
+func TestPublishedPortOfSOCKS(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t)
+	rule := func(what string) string {
+		return fmt.Sprintf("  - {name: taken, action: publish, from: wan, protocols: %s, server: 10.0.0.2}\n", what)
+	}
+	with := func(rules, extra string) string {
+		return l.Text(lab.Config{Rules: rules, Protocols: "  proxy: {tcp: 1080}\n  ask: {udp: 5351}\n", Extra: extra})
+	}
+	for what, serve := range map[string]string{"proxy": "socks: {networks: lan}\n", "ask": "pcp: {networks: lan}\n"} {
+		g := l.StartGateway(with(rule(what), serve))
+		<-g.Done()
+		if out := g.Output.String(); !strings.Contains(out, `rule "taken"`) {
+			t.Errorf("%s: the start says %q", what, out)
+		}
+	}
+	g := l.Gateway(lab.Config{Extra: "socks: {networks: lan}\n"})
+	if out, status := g.Rewrite(with(rule("proxy"), "socks: {networks: lan}\n")); status == 0 || !strings.Contains(out, "port 1080") {
+		t.Errorf("reload: status %d, %q", status, out)
+	}
+	if out, status := g.Rewrite(with(rule("proxy"), "socks: {networks: lan, port: 1081}\n")); status != 0 {
+		t.Errorf("reload with the port free: %q", out)
+	}
+	l.Client.EchoTCP(1080)
+	c := l.Srv.MustDial("tcp", "203.0.113.1:1080", 3*time.Second)
+	echo(t, c, "published")
+}
+
 // ICMP errors of a published flow reach its client, translated.
 func TestB63PublishedErrors(t *testing.T) {
 	for _, mode := range pubModes {
