@@ -110,7 +110,8 @@ func (s *Server) Init(fw filterapi.Firewall) (filterapi.Events, error) {
 }
 
 // Configure replaces what is served; it takes effect soon after. Mappings of
-// hosts that are served no more end.
+// hosts that are served no more end, and those that the configuration or the
+// rules do not allow any more. It is to be called when these have changed.
 func (s *Server) Configure(c Config) {
 	s.config.Store(&c)
 	select {

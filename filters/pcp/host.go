@@ -97,6 +97,16 @@ func (h *host) forget() {
 	}
 }
 
+// recheck ends the mappings that the host may not have any more. Those that
+// discard the gateway leaves to whoever may allow them.
+func (h *host) recheck() {
+	for at := range h.mappings {
+		if h.may(at) == notAuthorized {
+			h.end(at)
+		}
+	}
+}
+
 // drop takes a mapping off the list.
 func (h *host) drop(at endpoint) {
 	h.mappings[at].gate.close()

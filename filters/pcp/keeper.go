@@ -55,10 +55,12 @@ func (k *keeper) run(ctx context.Context) {
 	defer tick.Stop()
 	defer k.closeAll()
 	for {
+		configured := false
 		select {
 		case <-ctx.Done():
 			return
 		case <-k.s.wake:
+			configured = true
 			k.look(ctx)
 		case <-tick.C:
 			if k.s.config.Load() != nil {
@@ -66,7 +68,7 @@ func (k *keeper) run(ctx context.Context) {
 			}
 		}
 		k.announce()
-		k.s.look(ctx, job{})
+		k.s.look(ctx, job{configured: configured})
 		tick.Reset(k.until())
 	}
 }

@@ -157,6 +157,32 @@ func TestRules(t *testing.T) {
 	})
 }
 
+// TestNotAllowedAnyMore: a new configuration, or new rules, end what they do not
+// allow, though nobody could come in.
+func TestNotAllowedAnyMore(t *testing.T) {
+	c := usual()
+	c.Approve = false
+	play(t, c, func(s *scene) {
+		one := s.client("10.0.0.2")
+		left := func(want int, why string) {
+			t.Helper()
+			synctest.Wait()
+			s.s.Configure(c)
+			synctest.Wait()
+			if n := s.s.Counters().Mappings; n != uint64(want) {
+				t.Errorf("%s: %d mappings are left, want %d", why, n, want)
+			}
+		}
+		one.must(success, wants{flow.TCP, 5000, 600, 1, nil}, "one port")
+		one.must(success, wants{flow.TCP, 6000, 600, 1, nil}, "another one")
+		left(2, "nothing is new")
+		c.Ports = [][2]uint16{{6000, 6999}}
+		left(1, "other ports")
+		s.g.Access = func(netip.Addr, filterapi.HostAccess) error { return filterapi.ErrPolicyDenied }
+		left(0, "other rules")
+	})
+}
+
 // TestNarrowed: a bind that discards is allowed by another filter, for some;
 // what the client asks for later does not let in more.
 func TestNarrowed(t *testing.T) {
@@ -190,76 +216,6 @@ func TestNarrowed(t *testing.T) {
 		synctest.Wait()
 		if len(s.g.Open()) != 0 {
 			t.Errorf("open: %v", s.g.Open())
-		}
-	})
-}
-
-// TestPortsOfFilters: what a FILTER says of a port holds from the bind's first
-// moment, and as long as the FILTER; nothing of it is left behind.
-func TestPortsOfFilters(t *testing.T) {
-	play(t, usual(), func(s *scene) {
-		one := s.client("10.0.0.2")
-		good := netip.MustParseAddrPort("203.0.113.10:5060")
-		portOf := func(a netip.AddrPort) []byte {
-			b := filterOf(a.Addr())
-			binary.BigEndian.PutUint16(b[6:], a.Port())
-			return b
-		}
-		ways := map[string]func(ask *wants){
-			"with the first request": func(*wants) {},
-			"later": func(ask *wants) {
-				options := ask.options
-				ask.options = nil
-				one.must(success, *ask, "everybody may come")
-				ask.options = options
-			},
-		}
-		for _, proto := range []flow.Proto{flow.TCP, flow.UDP} {
-			for way, before := range ways {
-				ask := wants{proto, 5000, 600, 1, portOf(good)}
-				before(&ask)
-				at := one.must(success, ask, "MAP")
-				comes := func(a string) bool {
-					_, err := s.g.Inbound(proto, netip.MustParseAddrPort(a), at)
-					return err == nil
-				}
-				check := func(when string, want ...bool) {
-					t.Helper()
-					for i, a := range []string{"203.0.113.10:5060", "203.0.113.10:5061", "203.0.113.11:5060"} {
-						if comes(a) != want[i] {
-							t.Errorf("%v, %s, %s: %s, want %v", proto, way, when, a, want[i])
-						}
-					}
-				}
-				check("one port of one host", true, false, false)
-				ask.options = filterOf(netip.MustParseAddr("203.0.113.11"))
-				one.must(success, ask, "another host")
-				check("another host, too", true, false, true)
-				ask.options = append(filterOf(netip.Addr{}), portOf(netip.MustParseAddrPort("203.0.113.10:5061"))...)
-				one.must(success, ask, "another port instead")
-				check("another port instead", false, true, false)
-				ask.options = filterOf(netip.Addr{})
-				one.must(success, ask, "no FILTER any more")
-				check("no FILTER", true, true, true)
-				ask.options = portOf(good)
-				one.must(success, ask, "again")
-				check("again", true, false, false)
-				ask.lifetime, ask.options = 0, nil
-				one.must(success, ask, "given back")
-				check("given back", false, false, false)
-			}
-		}
-		begun, over := 0, 0
-		for _, e := range s.g.Journal() {
-			switch {
-			case e.What == filtertest.Factory:
-				begun++
-			case e.What == filtertest.Cancelled && strings.HasPrefix(e.Text, "factory"):
-				over++
-			}
-		}
-		if begun != 8 || over != begun || len(s.g.Open()) != 0 {
-			t.Errorf("%d gates, %d over; open %v", begun, over, s.g.Open())
 		}
 	})
 }

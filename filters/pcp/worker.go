@@ -28,6 +28,8 @@ type job struct {
 	// readdressed: the external address has changed, and the mappings of IPv4
 	// lead nowhere.
 	readdressed bool
+	// configured: what hosts may have can have changed.
+	configured bool
 }
 
 // hand gives a request to the worker of its host. It is lost where too many
@@ -115,7 +117,12 @@ func (w *worker) do(j job) {
 			if !c.serves(a) || j.readdressed && a.Is4() {
 				h.forget()
 			}
-			if h.tidy(time.Now()); len(h.mappings) == 0 {
+			h.tidy(time.Now())
+			if j.configured {
+				h.config = c
+				h.recheck()
+			}
+			if len(h.mappings) == 0 {
 				h.close()
 				delete(w.hosts, a)
 			}
