@@ -194,3 +194,22 @@ func TestABindThatTheKernelRefuses(t *testing.T) {
 		t.Errorf("%d mappings, and %d ports are leased, before %d", n, b.ports.Leased(), before)
 	}
 }
+
+// What a client's neighbour sends to the external address of a bind that lets
+// nobody in is for the gateway, if the rules say so: it is not led to the client.
+func TestBindIsNotForNeighbours(t *testing.T) {
+	p := mappingPolicy(t, nil)
+	rules := append(p.Rules(), policy.Rule{
+		Name: "gateway", Action: policy.Allow, From: []string{"inside"}, To: []string{policy.Gateway}, Protocols: []string{policy.AnyProtocol},
+	})
+	p, err := policy.New(p.Networks(), p.NetworkRules(), p.Protocols(), rules)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, _ := mappingBench(t, p)
+	for _, first := range []flow.Packet{udpPacket("10.0.0.3:5000", "203.0.113.1:61000"), syn("10.0.0.3:5000", "203.0.113.1:61000")} {
+		if d := b.Decide(t.Context(), first); d.Path != flow.Plain {
+			t.Errorf("%s: %v, want plain", first.Tuple, d.Path)
+		}
+	}
+}

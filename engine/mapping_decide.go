@@ -87,7 +87,7 @@ func (e *Engine) aroundFromBind(ctx context.Context, c *connection) *refused {
 		return nil
 	}
 	e.mappings.mu.Lock()
-	everybody := c.around.filtering == policy.FilterEndpointIndependent
+	everybody := c.around.filtering == policy.FilterEndpointIndependent && c.around.opens()
 	e.mappings.mu.Unlock()
 	if !everybody {
 		return &refused{flow.Drop, flow.Denied, filtered}
@@ -203,7 +203,8 @@ func (e *Engine) attempt(sender, target *mapping) bool {
 		sender.forgetAttempts(now.UnixNano())
 	}
 	tried.attempts[target.external.addrPort()] = now.Add(filterLife).UnixNano()
-	if target.filtering == policy.FilterEndpointIndependent {
+	opens := target.opens() // else a bind says who, and this flow is none that it lets in
+	if opens && target.filtering == policy.FilterEndpointIndependent {
 		return true
 	}
 	if target.extra == nil {
@@ -211,7 +212,7 @@ func (e *Engine) attempt(sender, target *mapping) bool {
 	}
 	from := sender.external.addrPort()
 	for at, until := range target.extra.attempts {
-		if until > now.UnixNano() && (at == from || target.filtering == policy.FilterAddress && at.Addr() == from.Addr()) {
+		if until > now.UnixNano() && (at == from || opens && at.Addr() == from.Addr()) {
 			return true
 		}
 	}
@@ -249,7 +250,9 @@ func (m *mapping) attempted(now int64) bool {
 }
 
 // decideMapped decides about a flow that no filter has to do with: there is
-// nothing to remember of it but its mapping.
+// nothing to remember of it but its mapping. One for the gateway itself is Plain:
+// the external endpoint may be a bind that lets nobody in, or others, and must not
+// lead it there.
 func (e *Engine) decideMapped(ctx context.Context, rules *policy.Policy, c *connection) Decision {
 	if r := e.mapConnection(ctx, c); r != nil {
 		return e.refuse(c, *r)
@@ -262,6 +265,9 @@ func (e *Engine) decideMapped(ctx context.Context, rules *policy.Policy, c *conn
 	}
 	if ctx.Err() != nil {
 		return e.refuse(c, refused{refusedPath(c), flow.Failed, "decision came too late"})
+	}
+	if c.netRule == nil {
+		return Decision{Path: flow.Plain}
 	}
 	return Decision{Path: flow.Kernel}
 }

@@ -29,3 +29,29 @@ func TestPCPHairpin(t *testing.T) {
 		})
 	}
 }
+
+// Whom FILTER keeps out does not come in from the inside either, whatever the
+// network rule says of strangers; who it lets in does.
+func TestPCPFilterHairpin(t *testing.T) {
+	t.Parallel()
+	for _, m := range modes[:3] {
+		t.Run(m.filtering, func(t *testing.T) {
+			t.Parallel()
+			l := lab.New(t)
+			c := served("")
+			c.NetworkRules = m.config("").NetworkRules
+			c.Rules = "  - {name: all, action: allow, from: lan, to: [wan, gateway], protocols: any}\n"
+			s := play(t, l, families[0], c)
+			own, inside := socket(l.Client, to(s.client, 4000)), socket(l.Client2, to(lab.Second4, 4000))
+			ask := pcpAsk{lifetime: 600, nonce: "n", proto: pcpUDP, port: 4000, options: only(s.srv)}
+			at := s.pcp(l.Client).maps(ask).external
+			seen := seenBy(t, socket(l.Other, to(s.other, 7)), inside)
+			lost(t, inside, at, own)
+			reaches(t, socket(l.Srv, to(s.srv, 3000)), at, own)
+			if m.filtering == independent {
+				reaches(t, own, seen, inside)
+				reaches(t, inside, at, own) // an answer
+			}
+		})
+	}
+}
