@@ -361,19 +361,3 @@ func (m *mapping) lean() {
 		m.extra = nil
 	}
 }
-
-// meet has the kernel know a peer whose address may come in from now on. Those
-// of flows that the kernel begins by itself it knows.
-func (e *Engine) meet(m *mapping, q policy.Question) error {
-	if m.filtering != policy.FilterAddress || !m.proto.HasPorts() {
-		return nil
-	}
-	e.mappings.mu.Lock()
-	more := m.more()
-	if more.peers == nil {
-		more.peers = make(map[netip.Addr]int32)
-	}
-	more.peers[q.Dst.Addr()] += 0 // or it would stay for ever, if its flow never begins
-	e.mappings.mu.Unlock()
-	return e.kernel.Peers(context.Background(), []nat.Peer{{Proto: m.proto, Inside: q.Src, Addr: q.Dst.Addr()}}, nil)
-}

@@ -92,60 +92,6 @@ func (e *Engine) count(m *mapping, by int32) {
 	e.sweepSoon()
 }
 
-// peer changes the number of flows to one peer. Without one the peer may not
-// come any more, when the word of another flow had time to come. mappings.mu is
-// held.
-func (e *Engine) peer(m *mapping, a netip.Addr, by int32) {
-	more := m.more()
-	if more.peers == nil {
-		more.peers = make(map[netip.Addr]int32)
-	}
-	if more.peers[a] += by; more.peers[a] <= 0 {
-		e.later(lateReports, func() { e.forgetPeer(m, a) })
-	}
-}
-
-// forgetPeer has the kernel let a peer in no more that has no flow. One may have
-// begun meanwhile of which nobody has told yet: then it is let in again.
-func (e *Engine) forgetPeer(m *mapping, a netip.Addr) {
-	x := &e.mappings
-	flows := func() (n int32, known bool) {
-		if m.extra != nil {
-			n, known = m.extra.peers[a]
-		}
-		return n, known
-	}
-	x.mu.Lock()
-	n, known := flows()
-	if n > 0 || !known {
-		x.mu.Unlock()
-		return
-	}
-	delete(m.extra.peers, a)
-	m.lean()
-	p := []nat.Peer{{Proto: m.proto, Inside: m.inside.addrPort(), Addr: a}}
-	x.mu.Unlock()
-	e.forgetPeers(p)
-	e.later(lateReports, func() {
-		x.mu.Lock()
-		n, _ := flows()
-		x.mu.Unlock()
-		if n > 0 {
-			e.knowPeers(p, nil)
-		}
-	})
-}
-
-// forgetPeers takes peers out of the kernel's set.
-func (e *Engine) forgetPeers(gone []nat.Peer) { e.knowPeers(nil, gone) }
-
-// knowPeers has the kernel know the peers of mappings.
-func (e *Engine) knowPeers(come, gone []nat.Peer) {
-	if err := e.kernel.Peers(context.Background(), come, gone); err != nil {
-		e.log.Error("the kernel does not know the peers of mappings", zap.Error(err))
-	}
-}
-
 // hold changes the number of flows in user space to, or from, a peer.
 func (e *Engine) hold(m *mapping, peer netip.Addr, by int32) {
 	e.mappings.mu.Lock()

@@ -117,31 +117,6 @@ func (e *Engine) recount(living []LivingFlow, journal map[flow.Tuple]journalled)
 	e.tasks.run(func() { e.knowPeers(come, gone) })
 }
 
-// setPeers sets the numbers of flows to peers, and gives those that had some
-// and have none any more. A peer whose first packet has just passed stays, and so
-// do all where user space carries some flow. mappings.mu is held.
-func (m *mapping) setPeers(counted map[netip.Addr]int32) (gone []nat.Peer) {
-	more := m.more()
-	if more.inUser > 0 {
-		return nil
-	}
-	for a, flows := range more.peers {
-		switch {
-		case counted[a] > 0:
-		case flows > 0:
-			gone = append(gone, nat.Peer{Proto: m.proto, Inside: m.inside.addrPort(), Addr: a})
-		default:
-			if counted == nil {
-				counted = make(map[netip.Addr]int32)
-			}
-			counted[a] = 0
-		}
-	}
-	more.peers = counted
-	m.lean()
-	return gone
-}
-
 // Held is a mapping as the kernel holds it.
 type Held struct {
 	NetworkRule      string

@@ -526,3 +526,44 @@ func randomMappings(t *testing.T, r *rand.Rand) {
 		t.Errorf("left: %d ports, kernel %v, peers %v, %v", ports.Leased(), b.kernel.held, b.kernel.peers, b.mappings.byExternal)
 	}
 }
+
+// Nobody stays known to whom no flow has come about, whoever else the endpoint
+// speaks to; whose flow is told of late is known again.
+func TestMappingPeersWithoutFlows(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b, _ := mappingBench(t, mappingPolicy(t, filteringBy(policy.FilterAddress)))
+		first := udpPacket("10.0.0.2:5000", "203.0.113.10:1000")
+		b.carries(t, first)
+		x := b.kernel.only(t).External
+		b.began(first, x)
+		known := func(addr string) bool {
+			synctest.Wait()
+			b.kernel.mu.Lock()
+			defer b.kernel.mu.Unlock()
+			return b.kernel.peers[nat.Peer{Proto: flow.UDP, Inside: ap("10.0.0.2:5000"), Addr: netip.MustParseAddr(addr)}]
+		}
+		b.carries(t, udpPacket("10.0.0.2:5000", "203.0.113.11:1000"))
+		time.Sleep(time.Minute)
+		if known("203.0.113.11") || !known("203.0.113.10") || len(b.mappings.byInside) != 1 {
+			t.Errorf("after a first packet without a flow: %v", b.kernel.peers)
+		}
+		late := udpPacket("10.0.0.2:5000", "203.0.113.13:1000")
+		var set []nat.Peer // as the kernel fills it by itself
+		for _, addr := range []string{"203.0.113.10", "203.0.113.12", "203.0.113.13"} {
+			set = append(set, nat.Peer{Proto: flow.UDP, Inside: ap("10.0.0.2:5000"), Addr: netip.MustParseAddr(addr)})
+		}
+		for range 2 {
+			if err := errors.Join(b.kernel.Peers(t.Context(), set, nil), b.ForgetStrays(t.Context(), set)); err != nil {
+				t.Fatal(err)
+			}
+			if known("203.0.113.12") || !known("203.0.113.10") {
+				t.Errorf("strays are known: %v", b.kernel.peers)
+			}
+			b.began(late, x)
+			time.Sleep(2 * lateReports)
+			if !known("203.0.113.13") || known("203.0.113.12") {
+				t.Errorf("told of late: %v", b.kernel.peers)
+			}
+		}
+	})
+}

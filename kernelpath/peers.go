@@ -2,8 +2,13 @@ package kernelpath
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
+	"net/netip"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/nat"
 )
 
@@ -47,6 +52,34 @@ func peerElements(peers []nat.Peer) []element {
 		list = append(list, e)
 	}
 	return list
+}
+
+// ListPeers lists the addresses that inside endpoints have sent to. A table
+// without the set has none.
+func (t *Table) ListPeers() ([]nat.Peer, error) {
+	s, err := dialTable(t.netns)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = s.close() }()
+	var all []nat.Peer
+	err = s.eachElement(setPeer, func(a map[uint16][]byte) {
+		if p, ok := peerOf(attributes(a[unix.NFTA_SET_ELEM_KEY])[unix.NFTA_DATA_VALUE]); ok {
+			all = append(all, p)
+		}
+	})
+	return all, err
+}
+
+// peerOf reads a key of setPeer: each part has a multiple of 32 bits.
+func peerOf(key []byte) (p nat.Peer, ok bool) {
+	if len(key) != 16 {
+		return nat.Peer{}, false
+	}
+	p.Proto = flow.Proto(key[4])
+	p.Inside = netip.AddrPortFrom(netip.AddrFrom4([4]byte(key)), binary.BigEndian.Uint16(key[8:]))
+	p.Addr = netip.AddrFrom4([4]byte(key[12:]))
+	return p, true
 }
 
 // Leaving lists, for one network rule, from where inside endpoints leave: To is

@@ -95,31 +95,39 @@ func (t *Table) Permissions() ([]Permitted, error) {
 }
 
 // permissionsIn lists one set. One that is not there holds nothing.
-func (s *socket) permissionsIn(name string) ([]Permitted, error) {
+func (s *socket) permissionsIn(name string) (all []Permitted, err error) {
+	err = s.eachElement(name, func(a map[uint16][]byte) {
+		if p, ok := permitted(name, a); ok {
+			all = append(all, p)
+		}
+	})
+	return all, err
+}
+
+// eachElement lists the elements of a set by their attributes. A set that is not
+// there has none.
+func (s *socket) eachElement(name string, do func(map[uint16][]byte)) error {
 	msgs, err := s.list(unix.NFT_MSG_GETSETELEM,
 		attr(unix.NFTA_SET_ELEM_LIST_TABLE, text(tableName)), attr(unix.NFTA_SET_ELEM_LIST_SET, text(name)))
 	if errors.Is(err, unix.ENOENT) {
-		return nil, nil
+		return nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("list set %s: %w", name, err)
+		return fmt.Errorf("list set %s: %w", name, err)
 	}
-	var all []Permitted
 	for _, m := range msgs {
 		if len(m.Data) < 4 {
 			continue
 		}
 		ad, err := netlink.NewAttributeDecoder(attributes(m.Data[4:])[unix.NFTA_SET_ELEM_LIST_ELEMENTS])
 		if err != nil {
-			return nil, fmt.Errorf("list set %s: %w", name, err)
+			return fmt.Errorf("list set %s: %w", name, err)
 		}
 		for ad.Next() {
-			if p, ok := permitted(name, attributes(ad.Bytes())); ok {
-				all = append(all, p)
-			}
+			do(attributes(ad.Bytes()))
 		}
 	}
-	return all, nil
+	return nil
 }
 
 // permitted reads one element; not ok: it is none of ours, or says nothing that

@@ -89,8 +89,10 @@ func (g *gateway) apply(cfg *config.Config, p *policy.Policy) error {
 		return err
 	}
 	maps := mapsEndpoints(p)
-	if err := g.watch.Firsts(maps); err != nil {
-		return err
+	if maps { // before the first of them can begin
+		if err := g.watch.Firsts(true); err != nil {
+			return err
+		}
 	}
 	if err := g.Load(r); err != nil {
 		return err
@@ -102,8 +104,9 @@ func (g *gateway) apply(cfg *config.Config, p *policy.Policy) error {
 	g.servePCP(cfg.PCP, p)
 	if maps {
 		g.eventsLost() // of those that another policy had no use of
+		return nil
 	}
-	return nil
+	return g.watch.Firsts(false) // what is left of mappings takes nothing new
 }
 
 // Reload implements control.Gateway. Once the new policy is in force it judges
@@ -269,9 +272,22 @@ func (g *gateway) resync(ctx context.Context) {
 		alive[f.Tuple] = true
 	}
 	g.engine.Resync(alive, since)
-	if err := g.engine.Recount(ctx, g.livingFlows); err != nil {
+	if err := g.recount(ctx); err != nil {
 		g.log.Error("counting the flows of mappings anew failed", zap.Error(err))
 	}
+}
+
+// recount counts the flows of mappings anew, and takes peers out of the kernel's
+// set that it has put there for packets of which no flow came.
+func (g *gateway) recount(ctx context.Context) error {
+	peers, err := g.ListPeers()
+	if err != nil {
+		return err
+	}
+	if err := g.engine.Recount(ctx, g.livingFlows); err != nil {
+		return err
+	}
+	return g.engine.ForgetStrays(ctx, peers)
 }
 
 // eventsLost has the flows compared with conntrack soon.

@@ -1,9 +1,13 @@
 package netns_test
 
 import (
+	"errors"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicegw/sluice/test/netns/lab"
 )
@@ -125,4 +129,37 @@ func TestNUDP09Hairpin(t *testing.T) {
 		sends(t, second, a)
 		lost(t, client, b, second)
 	})
+}
+
+// A packet that the gateway lets go nowhere leaves nobody known to whom it was
+// sent: the memory of it goes when flows are counted, and those of flows stay.
+func TestNUDP08PacketThatDied(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t)
+	m := mode{independent, byAddress}
+	g := l.Gateway(m.config(""))
+	client, peer, stranger := socket(l.Client, clientAt), socket(l.Srv, to(lab.Srv4, 9000)), socket(l.Other, to(lab.Other4, 9000))
+	at := seenBy(t, peer, client)
+	short, err := client.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ttl := func(n int) {
+		if err := errors.Join(short.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_TTL, n) }), err); err != nil {
+			t.Fatal(err)
+		}
+	}
+	peers := func() string { return l.GW.Run("nft", "list", "set", "inet", "sluice", "peer4") }
+	ttl(1)
+	for i := range 20 {
+		sends(t, client, to(lab.Other4, 9000+i))
+	}
+	lab.Eventually(t, 5*time.Second, "the kernel knows whom they were sent to", func() bool { return strings.Contains(peers(), lab.Other4.String()) })
+	g.Reload(m.config("")) // has flows counted
+	lab.Eventually(t, 15*time.Second, "it knows no more", func() bool { return !strings.Contains(peers(), lab.Other4.String()) })
+	lost(t, stranger, at, client)
+	reaches(t, peer, at, client)
+	ttl(64)
+	seenBy(t, stranger, client)
+	reaches(t, stranger, at, client)
 }
