@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -33,7 +34,7 @@ func checkCommand() *cobra.Command {
 			if err := warnSecrets(args[0], cfg); err != nil {
 				fmt.Fprintln(os.Stderr, "note: "+err.Error())
 			}
-			for _, text := range missingInterfaces(cfg.Policy) {
+			for _, text := range slices.Concat(missingInterfaces(cfg.Policy), nobodysRules(cfg)) {
 				fmt.Fprintln(os.Stderr, "note: "+text)
 			}
 			if !quiet {

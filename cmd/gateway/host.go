@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
@@ -77,7 +78,7 @@ func steering(bits flow.Marks, m config.Marks) kernelpath.Steering {
 // warnHost names what can overrule the gateway, and what of its configuration
 // the host does not have.
 func (g *gateway) warnHost() {
-	for _, text := range missingInterfaces(g.policy) {
+	for _, text := range slices.Concat(missingInterfaces(g.policy), nobodysRules(g.cfg)) {
 		g.log.Warn(text)
 	}
 	if !g.facts.timers && len(g.policy.Timers()) > 0 {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -20,7 +21,7 @@ func passwdCommand() *cobra.Command {
 		Short: "read a password and print its hash, for users in the configuration",
 		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			password, err := askPassword(os.Stdin, cmd.ErrOrStderr())
+			password, err := askPassword(cmd.Context(), os.Stdin, cmd.ErrOrStderr())
 			if err != nil {
 				return fmt.Errorf("read the password: %w", err)
 			}
@@ -34,8 +35,8 @@ func passwdCommand() *cobra.Command {
 	}
 }
 
-// askPassword reads one line. On a terminal it is not shown.
-func askPassword(in *os.File, out io.Writer) (string, error) {
+// askPassword reads one line, until ctx is over. On a terminal it is not shown.
+func askPassword(ctx context.Context, in *os.File, out io.Writer) (string, error) {
 	fd := int(in.Fd())
 	if was, err := unix.IoctlGetTermios(fd, unix.TCGETS); err == nil {
 		fmt.Fprint(out, "Password: ")
@@ -49,9 +50,24 @@ func askPassword(in *os.File, out io.Writer) (string, error) {
 			fmt.Fprintln(out)
 		}()
 	}
-	line, err := bufio.NewReader(in).ReadString('\n')
-	if err != nil && !errors.Is(err, io.EOF) {
-		return "", err
+	type answer struct {
+		line string
+		err  error
 	}
-	return strings.TrimRight(line, "\r\n"), nil
+	read := make(chan answer, 1)
+	go func() { // a terminal cannot be read with a deadline
+		line, err := bufio.NewReader(in).ReadString('\n')
+		read <- answer{line, err}
+	}()
+	select {
+	case a := <-read:
+		if a.err != nil && !errors.Is(a.err, io.EOF) {
+			return "", a.err
+		}
+		return strings.TrimRight(a.line, "\r\n"), nil
+	case <-ctx.Done():
+		return "", errInterrupted
+	}
 }
+
+var errInterrupted = errors.New("interrupted")

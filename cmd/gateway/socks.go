@@ -213,4 +213,17 @@ func warnSecrets(file string, c *config.Config) error {
 	return nil
 }
 
+// nobodysRules says which rules are for users, where nobody can prove to be one.
+func nobodysRules(c *config.Config) (out []string) {
+	if c.Socks.Password && len(c.Socks.Networks) > 0 {
+		return nil
+	}
+	for _, r := range c.Policy.Rules() {
+		if len(r.Users) > 0 {
+			out = append(out, fmt.Sprintf("rule %q is for users, and nobody can prove to be one without socks.authentication: password", r.Name))
+		}
+	}
+	return out
+}
+
 var errReadable = errors.New("want 0600")

@@ -191,6 +191,28 @@ func TestSocksApprovedBind(t *testing.T) {
 	})
 }
 
+// Who has all the ports that one client may have is told so, and counted; what he
+// has goes on, and others get theirs.
+func TestSocksBindQuota(t *testing.T) {
+	eachSocksBind(t, socksConfig("ports: {quota: 2}\nsocks: {networks: lan, approve_binds: true}\n"), func(s *scene) {
+		control := s.must5(s.Client, "", socksConnect, to(s.srv, 7))
+		echo(s.t, control, "the connection that they belong to")
+		k, _ := s.bound5(to(s.srv, 7))
+		s.bound5(to(s.srv, 7))
+		s.code5(1, "", socksBind, socksAddress(to(s.srv, 7)))
+		if n := counter(s.g, "ports.over_quota"); n != 1 {
+			s.t.Errorf("%d are counted", n)
+		}
+		s.must5(s.Client2, "", socksBind, to(s.any(), 0))
+		peer := s.Srv.MustDial("tcp", k.at.String(), 5*time.Second)
+		if err := k.answer(); err != nil || k.code != 0 {
+			s.t.Fatalf("second answer: code %d, %v", k.code, err)
+		}
+		mustWrite(s.t, peer, "comes")
+		s.reads(k, "comes")
+	})
+}
+
 // A gateway that is told to stop does, whatever SOCKS clients are at.
 func TestSocksStop(t *testing.T) {
 	eachSocksBind(t, socksConfig(openly), func(s *scene) {

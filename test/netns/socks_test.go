@@ -254,6 +254,19 @@ func TestSocksPassword(t *testing.T) {
 			}
 		}
 		s.flowRecord(to(s.srv, 80), func(r lab.Record) bool { return r.Text("user") == "alice" && r.Text("result") == "closed" })
+		for _, secret := range []string{"ecila", "lorac"} {
+			if strings.Contains(s.g.Output.String(), secret) {
+				s.t.Errorf("the log has the password %q", secret)
+			}
+		}
+		// A hash of `gateway passwd` is as good.
+		path, err := lab.Binary()
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		hash := strings.TrimSpace(s.GW.Run("sh", "-c", "echo lorac | "+path+" passwd"))
+		s.g.Reload(socksConfig(strings.Replace(byPassword, "socks:", "  carol: \""+hash+"\"\nsocks:", 1)))
+		s.Client.Run("curl", "-gsSf", "--max-time", "20", "--socks5", "carol:lorac@"+s.socksAt().String(), url)
 		// A user that is no more loses his connections.
 		k := s.must5(s.Client, "bob", socksConnect, to(s.srv, 7))
 		echo(s.t, k, "of bob's")
