@@ -4,16 +4,18 @@ import (
 	"github.com/sluicegw/sluice/flow"
 )
 
+// sender is an inside endpoint.
+type sender struct {
+	proto flow.Proto
+	at    socket4
+}
+
 // denyMappings ends the mappings whose client may send nowhere any more where
 // it has sent to: else strangers would come in at them for as long as conntrack
 // remembers a flow, which may be one that was cut. What a mapping stands on is
 // the flow that it was made for, or any other one of the client's that the rules
 // in force, or a permission, let pass. kernel are the kernel's flows.
 func (e *Engine) denyMappings(kernel []KernelFlow) {
-	type sender struct {
-		proto flow.Proto
-		at    socket4
-	}
 	x := &e.mappings
 	firsts := map[*mapping]flow.Tuple{}
 	x.mu.Lock()
@@ -36,6 +38,32 @@ func (e *Engine) denyMappings(kernel []KernelFlow) {
 	if len(denied) == 0 {
 		return
 	}
+	others := e.standFor(denied, kernel)
+	var end []*mapping
+	x.mu.Lock()
+	for at, list := range denied {
+		t, allowed := others[at]
+		for _, m := range list {
+			switch {
+			case x.byInside[m.insideKey()] != m || m.extra != nil && m.extra.change != nil:
+			case allowed && t.Is4():
+				m.first = packed(t.Dst)
+			case !allowed:
+				end = append(end, m)
+			}
+		}
+	}
+	e.retire(end)
+	x.mu.Unlock()
+	for _, m := range end {
+		e.closeBind(m)
+	}
+	e.each(end, e.takeOut)
+}
+
+// standFor finds, for senders whose mappings' first flows are denied, another flow
+// of theirs that is allowed; the zero one: one that a permission lets pass.
+func (e *Engine) standFor(denied map[sender][]*mapping, kernel []KernelFlow) map[sender]flow.Tuple {
 	others := map[sender]flow.Tuple{}
 	for _, f := range kernel {
 		t := f.Tuple
@@ -60,24 +88,5 @@ func (e *Engine) denyMappings(kernel []KernelFlow) {
 			others[at] = flow.Tuple{} // nothing that the rules could be asked about
 		}
 	}
-	var end []*mapping
-	x.mu.Lock()
-	for at, list := range denied {
-		t, allowed := others[at]
-		for _, m := range list {
-			switch {
-			case x.byInside[m.insideKey()] != m || m.extra != nil && m.extra.change != nil:
-			case allowed && t.Is4():
-				m.first = packed(t.Dst)
-			case !allowed:
-				end = append(end, m)
-			}
-		}
-	}
-	e.retire(end)
-	x.mu.Unlock()
-	for _, m := range end {
-		e.closeBind(m)
-	}
-	e.each(end, e.takeOut)
+	return others
 }

@@ -7,7 +7,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/nat"
 )
@@ -122,19 +121,13 @@ func (p *permission) path(filtered bool) string {
 }
 
 // filtered says whether data filters stand ready for all flows of a permission.
+// A factory is asked about each one, and may make none.
 func (p *permission) filtered() bool {
-	if c := p.object; c != nil {
-		c.mu.Lock()
-		all := slices.ContainsFunc(c.links, func(l Link) bool { return !l.peer.IsValid() })
-		c.mu.Unlock()
-		if all {
-			return true
-		}
+	c := p.object
+	if c == nil {
+		return false
 	}
-	made := p.session.e.factories.of(p.session)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return slices.ContainsFunc(made, func(f *factory) bool {
-		return f.wants(p) && (!p.inbound() || f.Event != filterapi.UDPDestination)
-	})
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.ContainsFunc(c.links, func(l Link) bool { return !l.peer.IsValid() })
 }

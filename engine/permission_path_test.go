@@ -30,7 +30,7 @@ func TestWhoCarriesTheFlowsOfAPermission(t *testing.T) {
 			return c.AttachDataFilterWithDestination(tagged{}, filterapi.PriorityNAT, ap(phone))
 		}},
 		"emulated":          {watched: filterapi.BindUDP, flags: filterapi.Bidirectional, want: "user", onBind: filterapi.Connection.EmulateForBind},
-		"a factory for all": {flags: filterapi.Bidirectional, factory: filterapi.BindUDP, want: "user"},
+		"a factory for all": {flags: filterapi.Bidirectional, factory: filterapi.BindUDP, want: "asked"},
 		"a factory for one": {flags: filterapi.Bidirectional, factory: filterapi.UDPDestination, want: "asked"},
 	} {
 		t.Run(name, func(t *testing.T) {
