@@ -31,6 +31,7 @@ type gate struct {
 
 	mu      sync.Mutex // the handler of the bind's event makes it, the worker does the rest
 	asked   filterapi.Action
+	at      netip.AddrPort // external
 	closed  bool
 	failure error // why it could not be made
 }
@@ -57,9 +58,12 @@ func (m *mapping) keepGate(s filterapi.Session, proto flow.Proto, external netip
 	switch {
 	case g.closed:
 		return filterapi.ErrTerminating
-	case g.asked != nil:
+	case g.asked != nil && g.at == external:
 		return nil
+	case g.asked != nil: // that was the bind of somebody else in the session
+		_ = g.asked.Cancel() // or it has ended
 	}
+	g.at = external
 	kind := filterapi.BindUDP
 	if proto == flow.TCP {
 		kind = filterapi.Accepted

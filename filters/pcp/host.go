@@ -289,6 +289,9 @@ func (h *host) make(at endpoint, m *mapping, wish uint16, exact bool) result {
 	m.bind = binds[0]
 	h.s.binds.Store(m.bind, m)
 	if m.external, err = m.bind.ExternalName(); err == nil {
+		err = m.keepGate(s, at.proto, m.external) // as a rule the bind's event has made it
+	}
+	if err == nil {
 		err = m.bind.SetExpiry(max(time.Until(until), time.Millisecond))
 	}
 	if err != nil {
