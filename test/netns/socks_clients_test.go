@@ -84,6 +84,30 @@ func TestSocksFTPActive(t *testing.T) {
 	})
 }
 
+// What a filter opens for one user is not another's, nor anybody's who says no
+// name, at the same host: neither a data connection nor a BIND.
+func TestSocksOpensForOneUser(t *testing.T) {
+	eachSocksFTP(t, byPassword, func(s *scene, ftp *lab.FTPServer) {
+		hash := ftp.Put(s.Srv, "file", 300_000)
+		alice := ftpOn(s.t, s.must5(s.Client, "alice", socksConnect, to(s.srv, 21)))
+		bob := ftpOn(s.t, s.must5(s.Client, "bob", socksConnect, to(s.srv, 21)))
+		bind := s.must5(s.Client, "alice", socksBind, to(s.srv, 21))
+		bob.send(s.t, fmt.Sprintf("EPRT |%d|%s|%d|", map[bool]int{true: 1, false: 2}[s.srv.Is4()], bind.at.Addr(), bind.at.Port()))
+		bob.want(s.t, "504")
+		at := alice.passive(s.t, s.srv)
+		s.code5(2, "bob", socksConnect, socksAddress(at))
+		s.rejectedOrSilent(s.Client, at)
+		data := s.must5(s.Client, "alice", socksConnect, at)
+		alice.send(s.t, "RETR file")
+		alice.want(s.t, "150")
+		got, err := io.ReadAll(data)
+		if err != nil || lab.Hash(got) != hash {
+			s.t.Errorf("%d bytes with another hash, %v", len(got), err)
+		}
+		alice.want(s.t, "226")
+	})
+}
+
 // Dante's socksify, with a program that knows nothing of SOCKS: active FTP by
 // BIND, and a download by CONNECT.
 func TestSocksDante(t *testing.T) {

@@ -164,6 +164,29 @@ func TestSocksIsForTheInside(t *testing.T) {
 	})
 }
 
+// Addresses of the gateway that come and go are served while they are there.
+func TestSocksFollowsAddresses(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t)
+	l.Gateway(socksConfig(openly))
+	for _, at := range []string{"10.0.0.77", "fd00:a::77"} {
+		prefix := at + map[bool]string{true: "/24", false: "/64"}[strings.Contains(at, ".")]
+		l.GW.Run("ip", "addr", "add", prefix, "dev", "lan0")
+		where := to(netip.MustParseAddr(at), 1080)
+		// It may be looked for twice for a while (RFC 4862, 5.4).
+		lab.Eventually(t, 10*time.Second, at+" is served", func() bool { return connect(l.Client, where, time.Second) == nil })
+		l.GW.Run("ip", "addr", "del", prefix, "dev", "lan0")
+		lab.Eventually(t, 10*time.Second, fmt.Sprintf("%v is served no more", where), func() bool {
+			for _, x := range l.GW.Sockets("tcp") {
+				if x.Local == where {
+					return false
+				}
+			}
+			return true
+		})
+	}
+}
+
 // connectsTo wants a connection within a moment.
 func connectsTo(t *testing.T, from *lab.Host, at netip.AddrPort) {
 	t.Helper()
