@@ -163,31 +163,36 @@ func lastOf(p netip.Prefix) netip.Addr {
 // no good while the kernel looks whether somebody else has it (RFC 4862, 5.4).
 const settle = 2 * time.Second
 
-// followAddresses serves at the addresses that the gateway has now.
-func (g *gateway) followAddresses(ctx context.Context) error {
-	var updates chan rtnl.AddrUpdate
+// hearAddresses hears of changes of addresses from now on, until done is closed.
+func hearAddresses(done <-chan struct{}) (chan rtnl.AddrUpdate, error) {
+	updates := make(chan rtnl.AddrUpdate, 64)
+	if err := rtnl.AddrSubscribe(updates, done); err != nil {
+		return nil, fmt.Errorf("watch addresses: %w", err)
+	}
+	return updates, nil
+}
+
+// followAddresses serves at the addresses that the gateway has now. updates are
+// those since before it was first served.
+func (g *gateway) followAddresses(ctx context.Context, updates chan rtnl.AddrUpdate) error {
 	var later <-chan time.Time
 	for {
-		if updates == nil {
-			updates = make(chan rtnl.AddrUpdate, 64)
-			if err := rtnl.AddrSubscribe(updates, ctx.Done()); err != nil {
-				return fmt.Errorf("watch addresses: %w", err)
-			}
-		}
 		select {
 		case _, ok := <-updates:
 			if !ok {
-				updates = nil // some were lost: begin anew
-				select {
-				case <-time.After(settle):
-				case <-ctx.Done():
-				}
+				updates = nil // some were lost: begin anew, later
 			}
 			if later == nil {
 				later = time.After(settle)
 			}
 		case <-later:
 			later = nil
+			if updates == nil {
+				var err error
+				if updates, err = hearAddresses(ctx.Done()); err != nil {
+					return err
+				}
+			}
 			g.change.Lock()
 			g.serveSocks()
 			g.change.Unlock()
