@@ -28,7 +28,7 @@ const (
 //
 //	chain marked {
 //		ct mark and MASK vmap { U : goto divert, O : goto local_own, each and K with the cut bit : goto cut, ONE WAY : goto one_way }
-//		ct state established,related accept
+//		ct state != new accept
 //		goto first
 //	}
 //	chain first {

@@ -172,6 +172,7 @@ func mappedChain(networkRule string, open bool) string {
 //	}
 //	chain around {
 //		meta nfproto ipv4 meta l4proto { tcp, udp } ip daddr . meta l4proto . th dport @via4 return
+//		meta nfproto ipv4 iifname @net0_if ip saddr @net0_addr4 jump sessions (see limitSessions)
 //		meta nfproto ipv4 iifname @net0_if ip saddr @net0_addr4 goto ask
 //	}
 func (b *builder) ifMapped(c *chain) {
@@ -193,6 +194,9 @@ func (b *builder) around() {
 			continue
 		}
 		if from, ok := b.between(r.From, policy.Any); ok {
+			if b.Sessions > 0 {
+				c.add(append(slices.Clone(from), jump(chainSessions))...)
+			}
 			c.add(append(from, goTo(chainAsk))...)
 		}
 	}

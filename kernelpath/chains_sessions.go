@@ -9,6 +9,9 @@ import (
 	"github.com/sluicegw/sluice/policy"
 )
 
+// chainSessions refuses a first packet, or returns.
+const chainSessions = "sessions"
+
 // setSessions has the hosts that have flows, and these. An element keeps the
 // limit that it was made with, so that each limit has a set of its own; what it
 // counts survives a reload. An element without flows goes by itself.
@@ -34,7 +37,7 @@ func (b *builder) limitSessions(c *chain) {
 		}
 		seen[r.From] = true
 		if from, ok := b.between(r.From, policy.Any); ok {
-			c.add(append(from, jump("sessions"))...)
+			c.add(append(from, jump(chainSessions))...)
 		}
 	}
 	if len(seen) == 0 {
@@ -42,7 +45,7 @@ func (b *builder) limitSessions(c *chain) {
 	}
 	name := setSessions(b.Sessions)
 	b.set(&set{name: name, key: fieldTypes([]field{fieldSaddr4}), dynamic: true, lasting: true, size: anySize})
-	b.chain("sessions").add(is(fieldNFProto, ipv4.nfproto), moreFlows(name, b.Sessions, fieldSaddr4), goTo("exhausted"))
+	b.chain(chainSessions).add(is(fieldNFProto, ipv4.nfproto), moreFlows(name, b.Sessions, fieldSaddr4), goTo("exhausted"))
 }
 
 // moreFlows counts a flow under a key and matches if there are more than a

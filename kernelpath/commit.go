@@ -177,6 +177,7 @@ func (t *Table) apply(group []*change) {
 	}
 	now := time.Now()
 	t.holders.sweep(now)
+	t.closeGates()
 	undo := t.holders.begin()
 	for _, c := range group {
 		t.holders.take(c, now)

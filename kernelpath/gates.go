@@ -2,6 +2,7 @@ package kernelpath
 
 import (
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/sluicegw/sluice/nat"
@@ -14,12 +15,15 @@ import (
 //
 // A gate lets nobody in; it only has those packets looked at. So it may stay
 // longer than its permissions, and they need not be counted: very many of them
-// may be for one address.
+// may be for one address. Those without an end are compared with what is held
+// when they have become many (Table.closeGates).
 type gates struct {
 	until map[slotKey]time.Time
 	// opening are those of the running transaction.
 	opening map[slotKey]opening
 	swept   time.Time
+	// enough is how many there are to be before they are compared.
+	enough int
 }
 
 type opening struct {
@@ -31,7 +35,10 @@ type opening struct {
 // for the same address then changes nothing.
 const gateLasts = 10 * time.Minute
 
-func newGates() gates { return gates{until: map[slotKey]time.Time{}} }
+// minGates are never too many.
+const minGates = 4096
+
+func newGates() gates { return gates{until: map[slotKey]time.Time{}, enough: minGates} }
 
 // open has a permission's destination looked at, and what its client sends if
 // that has a source of its own.
@@ -114,4 +121,55 @@ func (g *gates) restore(there func(set string) bool, fresh map[string][]element,
 		}
 		fresh[k.set] = append(fresh[k.set], element{text: k.key, key: []byte(k.key), timeout: left})
 	}
+}
+
+// closeGates closes the gates without an end that no permission needs any more,
+// each time that there are twice as many gates as were left the last time. It is
+// for the owner goroutine, between two transactions.
+func (t *Table) closeGates() {
+	g := &t.holders.gates
+	if len(g.until) < g.enough {
+		return
+	}
+	needed := t.holders.addresses()
+	closing := map[string][]element{}
+	for k, until := range g.until {
+		if !until.IsZero() || needed[k.key] {
+			continue
+		}
+		closing[k.set] = append(closing[k.set], element{text: k.key, key: []byte(k.key)})
+	}
+	tx := &transaction{}
+	for _, name := range sortedKeys(closing) {
+		s := &set{name: name}
+		tx.addElements(s, 0, closing[name]) // somebody else may have closed it
+		tx.deleteElements(s, closing[name])
+	}
+	if len(closing) > 0 && t.commit(tx) == nil { // else they are tried again
+		for name, list := range closing {
+			for _, e := range list {
+				delete(g.until, slotKey{name, string(e.key)})
+			}
+		}
+	}
+	g.enough = max(minGates, 2*len(g.until))
+}
+
+// addresses are those that what is held begins with: where first packets go, or
+// whose flows leave from an endpoint of their own. A key of a permission with
+// sources begins with the source: it has both.
+func (h *holders) addresses() map[string]bool {
+	all := map[string]bool{}
+	for k := range h.slots {
+		size := len(familyOf(strings.HasSuffix(k.set, ipv6.suffix) && !ofNetworkRule(k.set)).unspecified.raw)
+		all[k.key[:size]] = true
+		if len(k.key) > size+8 { // protocol and port
+			all[k.key[size:2*size]] = true
+		}
+	}
+	for _, r := range h.mapped.held {
+		all[string(r.inside[:])] = true
+		all[string(r.external[:])] = true
+	}
+	return all
 }

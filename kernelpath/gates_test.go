@@ -2,11 +2,14 @@ package kernelpath
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/nat"
@@ -77,5 +80,39 @@ func TestGatesAreForgotten(t *testing.T) {
 	}
 	if n := len(g.until); n > 30 {
 		t.Errorf("%d gates are known of a thousand that have ended", n)
+	}
+}
+
+// Clients come and go: their gates go when there are many, those that are needed
+// stay.
+func TestGatesWithoutEnd(t *testing.T) {
+	s, table := loadedTable(t)
+	bind := func(id uint64, inside string) nat.Permission {
+		at := netip.MustParseAddrPort(inside)
+		return nat.Permission{ID: id, Direction: nat.Inbound, Proto: flow.UDP, AnySource: true, Client: at, External: at}
+	}
+	stays := bind(1, "[fd00:a::ffff:1]:5000")
+	install(t, table, stays)
+	source := nat.Permission{ID: 2, Direction: nat.Outbound, Proto: flow.TCP, Multiple: true,
+		Client: netip.MustParseAddrPort("10.0.0.2:0"), Target: netip.MustParseAddrPort("203.0.113.10:20")}
+	install(t, table, source)
+	var group errgroup.Group
+	group.SetLimit(256)
+	for i := range 3 * minGates {
+		group.Go(func() error {
+			p := bind(uint64(10+i), fmt.Sprintf("[fd00:a::%x]:5000", 10+i))
+			return errors.Join(table.Install(context.Background(), p), table.Remove(context.Background(), p))
+		})
+	}
+	if err := group.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(s.sh("nft list set inet sluice gate6"), "fd00:a::"); n > minGates+512 {
+		t.Errorf("%d gates are left of clients that have gone", n)
+	}
+	for set, want := range map[string]string{"gate6": "fd00:a::ffff:1", "gate4": "203.0.113.10"} {
+		if got := s.sh("nft list set inet sluice " + set); !strings.Contains(got, want) {
+			t.Errorf("%s is not in %s", want, set)
+		}
 	}
 }

@@ -344,6 +344,24 @@ func TestNCGN05SessionsOfOneClient(t *testing.T) {
 	}
 }
 
+// Flows to another client's external address count as well.
+func TestNCGN05SessionsAround(t *testing.T) {
+	t.Parallel()
+	l := lab.New(t)
+	c := cone.config("")
+	c.Extra = "ports: {sessions: 5}\n"
+	g := l.Gateway(c)
+	second := socket(l.Client2, secondAt)
+	at := seenBy(t, socket(l.Srv, to(lab.Srv4, 9001)), second)
+	for i := range 5 {
+		reaches(t, socket(l.Client, to(lab.Client4, 6000+i)), at, second)
+	}
+	lost(t, socket(l.Client, to(lab.Client4, 6005)), at, second)
+	if n := counter(g, "table.exhausted"); n == 0 {
+		t.Error("beyond the limit no refused packet is counted")
+	}
+}
+
 // A reload changes the ports that are leased, and the quota; what lives goes on.
 func TestNCGN04Reload(t *testing.T) {
 	t.Parallel()
