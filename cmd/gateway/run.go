@@ -90,6 +90,18 @@ func (g *gateway) run(ctx context.Context, force bool) error {
 		return err
 	}
 	g.task("control", server.Run)
+	if err := g.begin(ctx); err != nil {
+		return err
+	}
+	g.task("hangup", func(ctx context.Context) error { return g.reloadOn(ctx, hangup) })
+	g.log.Info("ready", zap.String("config", g.file), zap.Int("rules", len(g.policy.Rules())),
+		zap.Bool("queue_native", g.facts.native), zap.Bool("flowtable", g.facts.flowtable && g.cfg.Flowtable))
+	return g.runTasks(ctx)
+}
+
+// begin has the kernel go by the configuration: what an earlier run has left is
+// taken over or goes, the table is loaded, and then the host forwards.
+func (g *gateway) begin(ctx context.Context) error {
 	if err := g.adoptMappings(ctx); err != nil {
 		return err
 	}
@@ -97,7 +109,7 @@ func (g *gateway) run(ctx context.Context, force bool) error {
 		return fmt.Errorf("void the permissions of an earlier run: %w", err)
 	}
 	g.change.Lock()
-	err = g.apply(g.cfg, g.policy)
+	err := g.apply(g.cfg, g.policy)
 	if err == nil {
 		g.serveSocks()
 	}
@@ -114,10 +126,7 @@ func (g *gateway) run(ctx context.Context, force bool) error {
 	if err := warnSecrets(g.file, g.cfg); err != nil {
 		g.log.Warn("secrets", zap.Error(err))
 	}
-	g.task("hangup", func(ctx context.Context) error { return g.reloadOn(ctx, hangup) })
-	g.log.Info("ready", zap.String("config", g.file), zap.Int("rules", len(g.policy.Rules())),
-		zap.Bool("queue_native", g.facts.native), zap.Bool("flowtable", g.facts.flowtable && g.cfg.Flowtable))
-	return g.runTasks(ctx)
+	return nil
 }
 
 // ladder is what has been opened, and how to close it, last first.
