@@ -183,13 +183,9 @@ func (g *gateway) open(undo *ladder) (err error) {
 	g.task("resync", func(ctx context.Context) error { return g.resyncing(ctx, g.lost) })
 	g.task("quiet mappings", g.endQuiet)
 	g.task("links", g.followLinks)
-	deaf := make(chan struct{})
-	undo.add(func() { close(deaf) })
-	addresses, err := hearAddresses(deaf)
-	if err != nil {
+	if err := g.openAddresses(undo); err != nil {
 		return err
 	}
-	g.task("addresses", func(ctx context.Context) error { return g.followAddresses(ctx, addresses) })
 	if g.watch, err = kernelpath.NewWatch(m.Bits, g.kernelEnded, g.eventsLost); err != nil {
 		return err
 	}

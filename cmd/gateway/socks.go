@@ -172,6 +172,17 @@ func hearAddresses(done <-chan struct{}) (chan rtnl.AddrUpdate, error) {
 	return updates, nil
 }
 
+func (g *gateway) openAddresses(undo *ladder) error {
+	done := make(chan struct{})
+	undo.add(func() { close(done) })
+	updates, err := hearAddresses(done)
+	if err != nil {
+		return err
+	}
+	g.task("addresses", func(ctx context.Context) error { return g.followAddresses(ctx, updates) })
+	return nil
+}
+
 // followAddresses serves at the addresses that the gateway has now. updates are
 // those since before it was first served.
 func (g *gateway) followAddresses(ctx context.Context, updates chan rtnl.AddrUpdate) error {
