@@ -42,6 +42,13 @@ func (g *gateway) Counters() map[string]uint64 {
 			})
 		}
 	}
+	if s := socksFilter(g.filters); s != nil {
+		c := s.Counters()
+		maps.Copy(m, map[string]uint64{
+			"socks.clients": c.Clients, "socks.requests": c.Requests, "socks.denied": c.Denied, "socks.failed": c.Failed,
+			"socks.over_connections": c.Over, "socks.wrong_passwords": c.Password, "socks.bad": c.Bad,
+		})
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	if c, err := g.Table.Counters(ctx); err == nil { // else what counts the packets is busy, or gone

@@ -67,6 +67,14 @@ var meanings = map[string]string{
 	"pcp.bad":        "requests that could not be read, or ask for what nobody can give",
 	"pcp.mappings":   "mappings now",
 
+	"socks.clients":          "connections of clients of SOCKS now",
+	"socks.requests":         "requests of theirs",
+	"socks.denied":           "requests denied by the rules or a filter, or for what is no target",
+	"socks.failed":           "requests that failed: no port was left, or the client had all that one may have",
+	"socks.over_connections": "connections refused: the client had all that one may have",
+	"socks.wrong_passwords":  "connections that ended with a wrong password",
+	"socks.bad":              "connections without a request: not SOCKS, too slow, or no password where one is wanted",
+
 	"table.queued":    "first packets for user space",
 	"table.permitted": "first packets that a permission let in",
 	"table.refused":   "packets refused with an answer",

@@ -49,6 +49,14 @@ func (c *client) serve() {
 			err = context.Cause(c.ctx)
 		}
 	}
+	switch {
+	case err == nil:
+		c.f.count.requests.Add(1)
+	case errors.Is(err, errPassword):
+		c.f.count.password.Add(1)
+	default:
+		c.f.count.bad.Add(1)
+	}
 	if err != nil {
 		c.f.log.Debug("no request", zap.Stringer("client", c.at), zap.Error(err))
 		c.hangUp()
@@ -100,6 +108,8 @@ func (c *client) greet() (request, error) {
 	return request{}, fmt.Errorf("%w: version %d", errNotSOCKS, b[0])
 }
 
+var errPassword = errors.New("wrong password")
+
 // method agrees on how the client proves who he is, and lets him.
 func (c *client) method() error {
 	offers, err := readMethods(c.conn)
@@ -128,7 +138,7 @@ func (c *client) method() error {
 	if !right {
 		c.f.log.Info("wrong password", zap.Stringer("client", c.at), zap.String("user", user))
 		_ = c.send([]byte{1, 1})
-		return errors.New("wrong password")
+		return errPassword
 	}
 	return c.send([]byte{1, 0})
 }
@@ -182,6 +192,12 @@ func (c *client) deny(q request, err error) {
 
 // answerLast sends a reply and hangs up.
 func (c *client) answerLast(q request, x code) {
+	switch x {
+	case notAllowed:
+		c.f.count.denied.Add(1)
+	case failed:
+		c.f.count.failed.Add(1)
+	}
 	_ = c.conn.SetWriteDeadline(time.Now().Add(answerTime))
 	_ = c.send(q.answer(x, netip.AddrPort{})) // who has gone needs no answer
 	c.hangUp()

@@ -62,6 +62,7 @@ type Filter struct {
 	counts    map[netip.Addr]*tally
 	stopped   bool
 
+	count    counters
 	sessions sessions
 	running  sync.WaitGroup
 }
@@ -229,6 +230,9 @@ func (f *Filter) accept(l net.Listener) {
 		}
 		c, err := f.admit(conn)
 		if err != nil {
+			if errors.Is(err, errTooMany) {
+				f.count.over.Add(1)
+			}
 			f.log.Debug("client refused", zap.Stringer("client", conn.RemoteAddr()), zap.Error(err))
 			_ = conn.Close()
 			continue

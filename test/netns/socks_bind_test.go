@@ -200,8 +200,10 @@ func TestSocksBindQuota(t *testing.T) {
 		k, _ := s.bound5(to(s.srv, 7))
 		s.bound5(to(s.srv, 7))
 		s.code5(1, "", socksBind, socksAddress(to(s.srv, 7)))
-		if n := counter(s.g, "ports.over_quota"); n != 1 {
-			s.t.Errorf("%d are counted", n)
+		for _, name := range []string{"ports.over_quota", "socks.failed"} {
+			if n := counter(s.g, name); n != 1 {
+				s.t.Errorf("%s: %d", name, n)
+			}
 		}
 		s.must5(s.Client2, "", socksBind, to(s.any(), 0))
 		peer := s.Srv.MustDial("tcp", k.at.String(), 5*time.Second)

@@ -132,6 +132,11 @@ func TestSocksBadClients(t *testing.T) {
 		for _, k := range held {
 			echo(s.t, k, "of those before")
 		}
+		for name, want := range map[string]uint64{"socks.over_connections": 1, "socks.bad": 6, "socks.requests": 3, "socks.clients": 3} {
+			if n := counter(s.g, name); n != want {
+				s.t.Errorf("%s: %d, want %d", name, n, want)
+			}
+		}
 		second := s.must5(s.Client2, "", socksConnect, to(s.srv, 7))
 		echo(s.t, second, "of somebody else")
 		_ = held[0].Close()
