@@ -57,11 +57,11 @@ func (e *Engine) stands(p *permission) bool {
 	p.mu.Lock()
 	b, discarding := p.basis, p.discarding
 	p.mu.Unlock()
-	if discarding {
-		return true
-	}
 	if e.inTheWay(p) {
 		return false
+	}
+	if discarding {
+		return true
 	}
 	v, err := e.judge(b)
 	if err != nil || p.Leaves != "" && (v.NetworkRule == nil || v.NetworkRule.Name != p.Leaves) {

@@ -215,6 +215,27 @@ func TestSocksBindQuota(t *testing.T) {
 	})
 }
 
+// A port that a reload publishes is no longer a BIND's.
+func TestSocksBindPublished(t *testing.T) {
+	eachSocksBind(t, socksConfig(openly), func(s *scene) {
+		k, _ := s.bound5(to(s.any(), 0))
+		at := k.at
+		if s.srv.Is6() {
+			return // only IPv4 is published at the gateway's addresses
+		}
+		c := socksConfig(openly)
+		c.Protocols += fmt.Sprintf("  held: {tcp: %d}\n", at.Port())
+		c.Rules = published("taken", "held", "server_port: 7") + c.Rules
+		c.Rules = strings.Replace(c.Rules, ", \"fd00:a::2\"", "", 1)
+		s.Lab.Client.EchoTCP(7)
+		s.g.Reload(c)
+		if err := k.answer(); err != nil || k.code == 0 {
+			s.t.Errorf("the BIND is there still: code %d, %v", k.code, err)
+		}
+		echo(s.t, s.Srv.MustDial("tcp", at.String(), 5*time.Second), "published")
+	})
+}
+
 // A gateway that is told to stop does, whatever SOCKS clients are at.
 func TestSocksStop(t *testing.T) {
 	eachSocksBind(t, socksConfig(openly), func(s *scene) {
