@@ -61,7 +61,8 @@ func (e *Engine) mapped(t flow.Tuple, tr flow.Translation, by int32) {
 		return
 	}
 	if x.journal != nil {
-		x.journal[t] = journalled{tr, by < 0 || x.journal[t].over}
+		j, told := x.journal[t]
+		x.journal[t] = journalled{tr, j.begun + by, j.endedFirst || !told && by < 0}
 	}
 	sender, target := x.of(t, tr)
 	if sender != nil {

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"time"
 
@@ -26,11 +27,19 @@ type LivingFlow struct {
 	Counts      flow.Counts
 }
 
-// journalled is what conntrack told of a flow while a dump was compared.
+// journalled is what conntrack told of a flow while a dump was compared: how
+// much more often that it begins than that it ends.
 type journalled struct {
 	translation flow.Translation
-	over        bool
+	begun       int32
+	endedFirst  bool
 }
+
+// alive says whether the flow is. One that ends and then begins was there before,
+// and its addresses are used again; the two come by different sockets, so that it
+// may be a short one that is over: then it is counted until the next time, which
+// does no harm.
+func (j journalled) alive() bool { return j.begun > 0 || j.begun == 0 && j.endedFirst }
 
 // Recount counts the flows of all mappings anew, from a dump of conntrack: its
 // reports were lost, or the rules have changed. It waits until those that were
@@ -93,7 +102,7 @@ func (e *Engine) recount(living []LivingFlow, journal map[flow.Tuple]journalled)
 		}
 	}
 	for t, j := range journal {
-		if !j.over {
+		if j.alive() {
 			add(t, j.translation)
 		}
 	}
@@ -182,7 +191,11 @@ func (e *Engine) adopt(r *policy.NetworkRule, h Held, t flow.Tuple) bool {
 		return false
 	}
 	fits := r != nil && r.Maps(h.Proto) && r.LeavesFrom(h.External.Addr())
-	if e.ports.LeaseExactFor(h.Inside.Addr(), h.Proto, h.External, 1) != nil {
+	err := e.ports.LeaseExactFor(h.Inside.Addr(), h.Proto, h.External, 1)
+	if errors.Is(err, nat.ErrQuota) { // which is lower now: what lives goes on
+		err = e.ports.LeaseExact(h.Proto, h.External, 1)
+	}
+	if err != nil {
 		return false
 	}
 	x := &e.mappings

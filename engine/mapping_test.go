@@ -415,6 +415,76 @@ func TestMappingAdopt(t *testing.T) {
 	})
 }
 
+// A client that had more ports in an earlier run than it may have now keeps those
+// that are in use.
+func TestMappingAdoptBeyondQuota(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b, ports := mappingBench(t, mappingPolicy(t, nil))
+		ports.Reconfigure([]nat.Range{{Lo: 61000, Hi: 61099}}, nat.Range{}, 1)
+		var held []Held
+		var living []LivingFlow
+		for i := range uint16(3) {
+			at := netip.AddrPortFrom(ap("203.0.113.1:0").Addr(), 61000+i)
+			p := udpPacket(fmt.Sprintf("10.0.0.2:%d", 5000+i), "203.0.113.10:1000")
+			held = append(held, Held{"internet", flow.UDP, p.Src, at})
+			living = append(living, LivingFlow{Tuple: p.Tuple, Translation: flow.Translation{Src: at}})
+		}
+		b.Adopt(held, living)
+		b.InstallAdopted()
+		for _, h := range held {
+			if p, _ := b.leaving(h.Inside, flow.UDP); p.External != h.External {
+				t.Errorf("%v leaves from %v, it had %v", h.Inside, p.External, h.External)
+			}
+		}
+		if d := b.Decide(t.Context(), udpPacket("10.0.0.2:6000", "203.0.113.10:1000")); d.Path != flow.Exhausted {
+			t.Errorf("one more: %v", d.Path)
+		}
+		for _, f := range living {
+			b.KernelEnded(flow.End{Tuple: f.Tuple, Translation: f.Translation, Path: flow.Kernel})
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if ports.Leased() != 0 || !b.kernel.empty() {
+			t.Errorf("left: %d ports, %v", ports.Leased(), b.kernel.held)
+		}
+	})
+}
+
+// A flow that ends and begins anew while flows are counted lives, and one that
+// begins and ends does not.
+func TestMappingRecountMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b, _ := mappingBench(t, mappingPolicy(t, nil))
+		again, short := udpPacket("10.0.0.2:5000", "203.0.113.10:1000"), udpPacket("10.0.0.3:5000", "203.0.113.10:1000")
+		b.carries(t, again)
+		b.carries(t, short)
+		at := func(p flow.Packet) netip.AddrPort { h, _ := b.leaving(p.Src, flow.UDP); return h.External }
+		x, y := at(again), at(short)
+		b.began(again, x)
+		err := b.Recount(t.Context(), func(context.Context) ([]LivingFlow, error) {
+			b.began(short, y)
+			b.ended(again, x)
+			b.began(again, x)
+			b.ended(short, y)
+			return []LivingFlow{{Tuple: again.Tuple, Translation: flow.Translation{Src: x}}}, nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if at(again) != x || at(short).IsValid() {
+			t.Errorf("who lives leaves from %v, it had %v; who does not from %v", at(again), x, at(short))
+		}
+		b.ended(again, x)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if !b.kernel.empty() {
+			t.Errorf("left: %v", b.kernel.held)
+		}
+	})
+}
+
 // Where what comes in does not keep a mapping alive, it ends when the inside has
 // sent nothing for long enough, and its flows are cut.
 func TestMappingQuiet(t *testing.T) {

@@ -55,21 +55,22 @@ func Down(ctx context.Context, dir string, fallback Steering) (did []string, err
 	return did, nil
 }
 
-func deleteTable() ([]string, error) {
+// deleteTable deletes the table, and that of a probe that was killed.
+func deleteTable() (did []string, err error) {
 	c := &nftables.Conn{}
 	tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
 	if err != nil {
 		return nil, fmt.Errorf("list tables: %w", err)
 	}
 	for _, t := range tables {
-		if t.Name != tableName {
+		if t.Name != tableName && t.Name != probeTable {
 			continue
 		}
 		c.DelTable(t)
 		if err := c.Flush(); err != nil {
-			return nil, fmt.Errorf("delete table inet %s: %w", tableName, err)
+			return did, fmt.Errorf("delete table inet %s: %w", t.Name, err)
 		}
-		return []string{"deleted table inet " + tableName}, nil
+		did = append(did, "deleted table inet "+t.Name)
 	}
-	return nil, nil
+	return did, nil
 }

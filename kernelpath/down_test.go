@@ -64,6 +64,7 @@ func TestDownRestoresWhatPrepareChanged(t *testing.T) {
 	}
 	s.in(func() error { _, err := testSteering(t).Install(); return err })
 	s.nft("table inet sluice { set x { type ipv4_addr; flags timeout; } \n }")
+	s.nft("table inet sluice_probe { counter x { } \n }") // of a probe that was killed
 	during := s.snapshot()
 	for _, line := range []string{"net.ipv4.ip_forward = 1", "net.ipv6.conf.lan0.forwarding = 1", "net.netfilter.nf_conntrack_events = 1",
 		"net.netfilter.nf_conntrack_udp_timeout = 300", "net.netfilter.nf_conntrack_icmp_timeout = 60",

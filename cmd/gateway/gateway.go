@@ -106,7 +106,11 @@ func (g *gateway) apply(cfg *config.Config, p *policy.Policy) error {
 		g.eventsLost() // of those that another policy had no use of
 		return nil
 	}
-	return g.watch.Firsts(false) // what is left of mappings takes nothing new
+	// What is left of mappings takes nothing new.
+	if err := g.watch.Firsts(false); err != nil {
+		g.log.Warn("beginnings of flows are told that nobody counts", zap.Error(err))
+	}
+	return nil
 }
 
 // Reload implements control.Gateway. Once the new policy is in force it judges
