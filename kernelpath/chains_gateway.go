@@ -34,11 +34,14 @@ var (
 )
 
 // gateway is what the gateway itself receives. An ICMP error about a flow is
-// let in by its type; nothing is let in because it is "related".
+// let in by its type; nothing is let in because it is "related". A verdict's mark
+// ends here: what a tunnel's packet carries has the mark of that packet, and comes
+// to arrive as if it had been judged itself.
 //
 //	iif "lo" accept
 //	ct mark and PATH vmap { U : accept, O : accept }
 //	ct state established accept
+//	meta mark and MASK != 0 meta mark set 0
 //	... neighbour discovery, multicast listeners, DHCP client, ICMP errors accept
 //	iifname vmap @inputs
 //	goto in_0
@@ -49,6 +52,7 @@ func (b *builder) gateway() error {
 		{[]value{markValue(b.mark(flow.User))}, accept()}, {[]value{markValue(b.mark(flow.Own))}, accept()},
 	}))
 	c.add(ctStates(stateEstablished), accept())
+	c.add(maskedNot(fieldMetaMark, b.Marks.Mask(), 0), setMark(fieldMetaMark, b.Marks.Mask(), 0))
 	c.add(jump("host_needs"))
 	hostNeeds(b.chain("host_needs"))
 
