@@ -26,7 +26,11 @@ func TestStockLoadEqualsText(t *testing.T) {
 	r := mustBuild(t, twoZones(), o)
 	byText, byGo := newJourney(t).gw, newJourney(t).gw
 	byText.nft(r.String())
-	mustLoad(t, openTable(t, byGo), r)
+	table := openTable(t, byGo)
+	if err := table.TakeOver(); err != nil {
+		t.Fatal(err)
+	}
+	mustLoad(t, table, r)
 	for _, list := range []string{"nft list ruleset", "nft --debug=netlink list ruleset"} {
 		want, got := byText.sh(list), byGo.sh(list)
 		if strings.Contains(list, "debug") {
@@ -41,15 +45,23 @@ func TestStockLoadEqualsText(t *testing.T) {
 	}
 }
 
-// newOffloading is a gateway whose flowtable has both interfaces.
+// newOffloading is a gateway whose flowtable has both interfaces, and where no
+// protocol has a timer of its own.
 func newOffloading(t *testing.T) (journey, *Table, Options) {
+	t.Helper()
+	in := flowPolicy()
+	in.Timers = nil
+	return newOffloadingOf(t, in)
+}
+
+func newOffloadingOf(t *testing.T, in Input) (journey, *Table, Options) {
 	t.Helper()
 	j := newJourney(t)
 	j.client.sh("ping -6 -n -c 1 -i 0.2 -w 5 2001:db8:b::10")
 	table := openTable(t, j.gw)
 	o := testOptions(t)
 	o.Flowtable = []string{"lan0", "wan0"}
-	mustLoad(t, table, mustBuild(t, flowPolicy(), o))
+	mustLoad(t, table, mustBuild(t, in, o))
 	for _, n := range sysctlNeeds {
 		j.gw.sh("sysctl -qw " + n.path + "=" + n.value)
 	}
@@ -230,14 +242,7 @@ func TestStockCutOffloadedUDP(t *testing.T) {
 	serveUDP(t, j.server, "203.0.113.10:53")
 	client := made(j.client, func() (net.Conn, error) { return net.Dial("udp", "203.0.113.10:53") })
 	defer client.Close()
-	asks := func() error {
-		if _, err := client.Write([]byte("?")); err != nil {
-			return err
-		}
-		client.SetReadDeadline(time.Now().Add(short))
-		_, err := client.Read(make([]byte, 64))
-		return err
-	}
+	asks := func() error { return askUDP(client) }
 	for range 4 {
 		if err := asks(); err != nil {
 			t.Fatal(err)
@@ -252,6 +257,33 @@ func TestStockCutOffloadedUDP(t *testing.T) {
 	}
 	if err := asks(); err == nil {
 		t.Error("an answer after the cut")
+	}
+}
+
+// askUDP sends a datagram to a server of serveUDP and waits for the answer.
+func askUDP(client net.Conn) error {
+	if _, err := client.Write([]byte("?")); err != nil {
+		return err
+	}
+	client.SetReadDeadline(time.Now().Add(short))
+	_, err := client.Read(make([]byte, 64))
+	return err
+}
+
+// A flow whose protocol has a timer of its own passes the rules, since the
+// flowtable knows one time for all.
+func TestStockTimedUDPIsNotOffloaded(t *testing.T) {
+	j, _, _ := newOffloadingOf(t, flowPolicy())
+	serveUDP(t, j.server, "203.0.113.10:53")
+	client := made(j.client, func() (net.Conn, error) { return net.Dial("udp", "203.0.113.10:53") })
+	defer client.Close()
+	for range 4 {
+		if err := askUDP(client); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if tuple := tupleOf(flow.UDP, client); isOffloaded(t, j, tuple) {
+		t.Errorf("%v is offloaded", tuple)
 	}
 }
 
