@@ -17,6 +17,7 @@ import (
 func (e *Engine) Decide(ctx context.Context, first flow.Packet) Decision {
 	rules := e.Policy()
 	c, refusal := e.admit(rules, first)
+	defer e.introduced(c)
 	if refusal != nil {
 		return e.refuse(c, *refusal)
 	}

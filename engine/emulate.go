@@ -170,6 +170,7 @@ func (c *connection) accept(r *registered, df filterapi.DataFilter, remote netip
 		internalTranslation: c.internalTranslation,
 	}
 	made.inherit(p)
+	defer c.e.introduced(made)
 	made.mu.Lock()
 	made.link(Link{Filter: df, Name: r.name(), Priority: filterapi.PriorityEmulation, owner: r})
 	made.setEmulated(r, true)
@@ -213,7 +214,6 @@ func (e *Engine) useOwn(p *permission) bool {
 	p.mu.Unlock()
 	if usedUp {
 		e.perms.discharge(p)
-		e.closeObject(p)
 		e.tasks.run(func() { _ = e.enforce(p) }) // it logs
 	}
 	return true

@@ -117,6 +117,7 @@ func (c *connection) askRules(protocol string) (reason string, err error) {
 // rules are those that it was judged by. On an error it has ended; else the
 // takeover must be carried, or ended.
 func (e *Engine) enter(c *connection, rules *policy.Policy) (*Takeover, error) {
+	defer e.introduced(c)
 	ctx, cancel := context.WithTimeout(context.Background(), e.answer)
 	defer cancel()
 	if err := e.raise(ctx, c); err != nil {

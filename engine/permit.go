@@ -141,7 +141,6 @@ func (e *Engine) use(p *permission, t flow.Tuple, late, kernel bool) bool {
 	p.mu.Unlock()
 	if usedUp {
 		e.perms.discharge(p)
-		e.closeObject(p)
 		// What would let a second flow in goes; the translation of a leased
 		// address stays as long as its flow.
 		e.tasks.run(func() { _ = e.enforce(p) }) // it logs
@@ -159,11 +158,27 @@ func (e *Engine) KernelUsed(first flow.Packet) {
 	c := &connection{e: e, session: p.session, tuple: first.Tuple, inIface: first.InIface, start: e.now(), path: flow.Kernel}
 	c.held = p.session.ref() // else the session has just ended, and the flow lives on
 	c.inherit(p)
+	e.introduced(c)
 	e.begin(c)
 	if p.notify != nil && e.wasEarly(c.tuple) {
 		e.established(c)
 	}
 	e.overtake(c)
+}
+
+// introduced follows the events of a flow. Only now a bind that it used up is
+// over for the filters: the events name it.
+func (e *Engine) introduced(c *connection) {
+	p := c.perm
+	if p == nil || p.object == nil {
+		return
+	}
+	p.mu.Lock()
+	used := p.state == permUsed
+	p.mu.Unlock()
+	if used {
+		e.closeObject(p)
+	}
 }
 
 // void ends a permission that waits, and returns when the kernel has
