@@ -201,7 +201,8 @@ func (c *connection) originate(ctx context.Context, local netip.AddrPort) error 
 }
 
 // useOwn counts a flow that a filter makes by its own permission, without the
-// network; false: the permission takes no more.
+// network; false: the permission takes no more. For a flow of a bind, introduced
+// follows, as after use.
 func (e *Engine) useOwn(p *permission) bool {
 	p.mu.Lock()
 	if p.state != permWaiting {

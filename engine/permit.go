@@ -126,6 +126,8 @@ func (e *Engine) usePermission(t flow.Tuple, kernel bool) *permission {
 	return nil
 }
 
+// use counts one flow; false: the permission does not let it in. Whoever makes
+// the flow's connection calls introduced once its events have been raised.
 func (e *Engine) use(p *permission, t flow.Tuple, late, kernel bool) bool {
 	p.mu.Lock()
 	if !p.admits(t.Src.Addr(), late) {
