@@ -94,8 +94,10 @@ func run(ctx context.Context, o options) (met bool, err error) {
 		return false, errors.New("the length of a round is 100ms to 5s")
 	case os.Geteuid() != 0:
 		return false, errors.New("needs root, for network namespaces")
-	case (o.gateway == "" || o.accept == "") && !o.selfCheck:
-		return false, errors.New("-gateway or -accept is missing: start it as scripts/bench")
+	case o.gateway == "" && !o.selfCheck:
+		return false, errors.New("-gateway is missing: start it as scripts/bench")
+	case o.accept == "" && !o.selfCheck && !o.size:
+		return false, errors.New("-accept is missing: start it as scripts/bench")
 	}
 	if o.size {
 		return sizes(ctx, o)
