@@ -57,9 +57,15 @@ func newStand(ctx context.Context, o options) (*stand, error) {
 	if s.many, err = sluice("sluice, 10,000 rules", manyRules(gatewayConfig, 100)); err != nil {
 		return s, err
 	}
-	if s.mapped, err = sluice("sluice, mapping endpoints", mappedConfig); err != nil {
+	// The kernel words an event of conntrack when anybody listens to its group,
+	// in whatever namespace (netlink_has_listeners in net/netlink/af_netlink.c).
+	// This daemon listens for new flows, which would cost all other lanes whose
+	// conntrack has events about 1 µs each: it starts with its own cases.
+	mapped := func(l *lane) error { return s.startSluice(ctx, l, o.gateway, mappedConfig) }
+	if s.mapped, err = s.lane("sluice, mapping endpoints", func(*lane) error { return nil }); err != nil {
 		return s, err
 	}
+	s.mapped.late = mapped
 	if s.c, err = s.queueLane("libnetfilter_queue", firstRules, s.startC(ctx, o.accept)); err != nil {
 		return s, err
 	}

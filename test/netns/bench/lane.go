@@ -32,8 +32,9 @@ type lane struct {
 	name            string
 	client, gw, srv string // namespaces
 	servers         *servers
-	daemon          *process // nil: the kernel alone
-	serial          uint32   // of flows: no two of a round share a tuple
+	daemon          *process          // nil: the kernel alone
+	late            func(*lane) error // starts the daemon before the first case; nil: it runs, or there is none
+	serial          uint32            // of flows: no two of a round share a tuple
 }
 
 // newLane makes the three namespaces. Its close removes what there is, also
@@ -81,6 +82,16 @@ func newLane(name string) (*lane, error) {
 	var err error
 	l.servers, err = startServers(l)
 	return l, err
+}
+
+// ready starts a daemon that was to start late.
+func (l *lane) ready() error {
+	start := l.late
+	if start == nil {
+		return nil
+	}
+	l.late = nil
+	return start(l)
 }
 
 func (l *lane) close() {

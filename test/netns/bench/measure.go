@@ -127,6 +127,11 @@ const turns = 4
 // changes with each: A B B A, next round B A A B.
 func measure(ctx context.Context, c benchCase, o options) (result, error) {
 	var r result
+	for _, l := range []*lane{c.of, c.than} {
+		if err := l.ready(); err != nil {
+			return r, fmt.Errorf("lane %q: %w", l.name, err)
+		}
+	}
 	for round := range o.rounds {
 		var of, than total
 		for turn := range turns {
