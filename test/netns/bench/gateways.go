@@ -24,68 +24,44 @@ type stand struct {
 	otherBare, otherProxy *lane
 }
 
-// newStand builds the lanes. close is for the caller, also after an error.
+// newStand declares the lanes; each is built when a case needs it first. close
+// is for the caller, also after an error.
 func newStand(ctx context.Context, o options) (*stand, error) {
 	s := &stand{}
 	var err error
 	if s.dir, err = os.MkdirTemp("", "sluice-bench-"); err != nil {
 		return s, fmt.Errorf("make a folder: %w", err)
 	}
-	if s.bare, err = s.lane("bare", s.startBare); err != nil {
-		return s, err
-	}
+	s.bare = s.lane("bare", s.startBare)
 	haproxy := func(l *lane) error { return s.startHAProxy(ctx, l) }
-	if s.proxy, err = s.lane("haproxy", haproxy); err != nil {
-		return s, err
-	}
+	s.proxy = s.lane("haproxy", haproxy)
 	if o.selfCheck {
-		if s.otherBare, err = s.lane("bare again", s.startBare); err != nil {
-			return s, err
-		}
-		s.otherProxy, err = s.lane("haproxy again", haproxy)
-		return s, err
+		s.otherBare = s.lane("bare again", s.startBare)
+		s.otherProxy = s.lane("haproxy again", haproxy)
+		return s, nil
 	}
-	if s.relay, err = s.lane("relay", func(l *lane) error { return s.startRelay(ctx, l) }); err != nil {
-		return s, err
-	}
-	sluice := func(name, config string) (*lane, error) {
+	s.relay = s.lane("relay", func(l *lane) error { return s.startRelay(ctx, l) })
+	sluice := func(name, config string) *lane {
 		return s.lane(name, func(l *lane) error { return s.startSluice(ctx, l, o.gateway, config) })
 	}
-	if s.sluice, err = sluice("sluice", gatewayConfig); err != nil {
-		return s, err
-	}
-	if s.many, err = sluice("sluice, 10,000 rules", manyRules(gatewayConfig, 100)); err != nil {
-		return s, err
-	}
+	s.sluice = sluice("sluice", gatewayConfig)
+	s.many = sluice("sluice, 10,000 rules", manyRules(gatewayConfig, 100))
 	// The kernel words an event of conntrack when anybody listens to its group,
 	// in whatever namespace (netlink_has_listeners in net/netlink/af_netlink.c).
-	// This daemon listens for new flows, which would cost all other lanes whose
-	// conntrack has events about 1 µs each: it starts with its own cases.
-	mapped := func(l *lane) error { return s.startSluice(ctx, l, o.gateway, mappedConfig) }
-	if s.mapped, err = s.lane("sluice, mapping endpoints", func(*lane) error { return nil }); err != nil {
-		return s, err
-	}
-	s.mapped.late = mapped
-	if s.c, err = s.queueLane("libnetfilter_queue", firstRules, s.startC(ctx, o.accept)); err != nil {
-		return s, err
-	}
-	if s.callback, err = s.queueLane("go-nfqueue", firstRules, s.startRole(ctx, roleCallback)); err != nil {
-		return s, err
-	}
-	s.loop, err = s.queueLane("queue loop", everyRules, s.startRole(ctx, roleLoop))
-	return s, err
+	// This daemon listens for new flows, which costs all other lanes whose
+	// conntrack has events about 1 µs each: its cases come last.
+	s.mapped = sluice("sluice, mapping endpoints", mappedConfig)
+	s.c = s.queueLane("libnetfilter_queue", firstRules, s.startC(ctx, o.accept))
+	s.callback = s.queueLane("go-nfqueue", firstRules, s.startRole(ctx, roleCallback))
+	s.loop = s.queueLane("queue loop", everyRules, s.startRole(ctx, roleLoop))
+	return s, nil
 }
 
-func (s *stand) lane(name string, start func(*lane) error) (*lane, error) {
-	l, err := newLane(name)
+// lane declares one.
+func (s *stand) lane(name string, start func(*lane) error) *lane {
+	l := &lane{name: name, start: start}
 	s.lanes = append(s.lanes, l)
-	if err == nil {
-		err = start(l)
-	}
-	if err != nil {
-		return l, fmt.Errorf("lane %q: %w", name, err)
-	}
-	return l, nil
+	return l
 }
 
 func (s *stand) close() {

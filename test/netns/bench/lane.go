@@ -30,21 +30,36 @@ var laneNumber atomic.Uint32
 // lane is one gateway between a client and a server namespace.
 type lane struct {
 	name            string
-	client, gw, srv string // namespaces
+	start           func(*lane) error // the gateway, once the namespaces are there
+	client, gw, srv string            // namespaces; empty: not built yet
 	servers         *servers
-	daemon          *process          // nil: the kernel alone
-	late            func(*lane) error // starts the daemon before the first case; nil: it runs, or there is none
-	serial          uint32            // of flows: no two of a round share a tuple
+	daemon          *process // nil: the kernel alone
+	serial          uint32   // of flows: no two of a round share a tuple
 }
 
-// newLane makes the three namespaces. Its close removes what there is, also
-// after an error.
-func newLane(name string) (*lane, error) {
+// up builds the lane if nobody has yet. close removes what there is, also after
+// an error.
+func (l *lane) up() error {
+	if l.client != "" {
+		return nil
+	}
+	err := l.build()
+	if err == nil {
+		err = l.start(l)
+	}
+	if err != nil {
+		return fmt.Errorf("lane %q: %w", l.name, err)
+	}
+	return nil
+}
+
+// build makes the three namespaces and what is the same in every lane.
+func (l *lane) build() error {
 	tag := fmt.Sprintf("slc-%d-%d-%d-bench", os.Getpid(), time.Now().Unix(), laneNumber.Add(1))
-	l := &lane{name: name, client: tag + "c", gw: tag + "g", srv: tag + "s"}
+	l.client, l.gw, l.srv = tag+"c", tag+"g", tag+"s"
 	for _, ns := range []string{l.client, l.gw, l.srv} {
 		if err := command("ip", "netns", "add", ns); err != nil {
-			return l, err
+			return err
 		}
 	}
 	// Neighbours stand still: no round waits for ARP.
@@ -76,25 +91,18 @@ func newLane(name string) (*lane, error) {
 	`)
 	for line := range strings.Lines(strings.TrimSpace(steps)) {
 		if err := command(strings.Fields(line)...); err != nil {
-			return l, err
+			return err
 		}
 	}
 	var err error
 	l.servers, err = startServers(l)
-	return l, err
-}
-
-// ready starts a daemon that was to start late.
-func (l *lane) ready() error {
-	start := l.late
-	if start == nil {
-		return nil
-	}
-	l.late = nil
-	return start(l)
+	return err
 }
 
 func (l *lane) close() {
+	if l.client == "" {
+		return
+	}
 	if l.daemon != nil {
 		l.daemon.stop()
 	}

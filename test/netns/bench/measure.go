@@ -128,8 +128,8 @@ const turns = 4
 func measure(ctx context.Context, c benchCase, o options) (result, error) {
 	var r result
 	for _, l := range []*lane{c.of, c.than} {
-		if err := l.ready(); err != nil {
-			return r, fmt.Errorf("lane %q: %w", l.name, err)
+		if err := l.up(); err != nil {
+			return r, err
 		}
 	}
 	for round := range o.rounds {

@@ -47,8 +47,8 @@ table ip queued {
 }
 `
 
-// queueLane makes a lane with a masquerading router whose rules queue.
-func (s *stand) queueLane(name, rules string, start func(*lane) error) (*lane, error) {
+// queueLane declares a lane with a masquerading router whose rules queue.
+func (s *stand) queueLane(name, rules string, start func(*lane) error) *lane {
 	return s.lane(name, func(l *lane) error {
 		if err := s.startBare(l); err != nil {
 			return err

@@ -37,16 +37,15 @@ func sizes(ctx context.Context, o options) (met bool, err error) {
 	connections = min(connections, (files-sparedFiles)/2)
 	preferUs()
 	sweep()
-	s := &stand{}
+	s, err := newStand(ctx, o)
 	defer s.close()
-	if s.dir, err = os.MkdirTemp("", "sluice-bench-"); err != nil {
-		return false, fmt.Errorf("make a folder: %w", err)
-	}
-	if s.bare, err = s.lane("bare", s.startBare); err != nil {
+	if err != nil {
 		return false, err
 	}
-	if s.sluice, err = s.lane("sluice", func(l *lane) error { return s.startSluice(ctx, l, o.gateway, gatewayConfig) }); err != nil {
-		return false, err
+	for _, l := range []*lane{s.bare, s.sluice} {
+		if err := l.up(); err != nil {
+			return false, err
+		}
 	}
 	var rows []sizeRow
 	for _, part := range []func() ([]sizeRow, error){
