@@ -34,6 +34,10 @@ type Table struct {
 	// the ruleset that was loaded last.
 	demanded bool
 	demand   []*chain
+	// shape is what the table looks like since our last change of more than
+	// elements (0: none is loaded), looked the generation at which it still did.
+	shape  uint64
+	looked uint32
 	// commits counts transactions with permissions, for tests.
 	commits int
 }

@@ -55,7 +55,7 @@ func (t *Table) Load(r Ruleset) error {
 		if err != nil {
 			return fmt.Errorf("load the ruleset: %w", err)
 		}
-		return nil
+		return t.seen()
 	})
 }
 
@@ -114,7 +114,7 @@ func (t *Table) TakeOver() error {
 			return fmt.Errorf("add the chains for flows of user space: %w", err)
 		}
 		t.demanded = true
-		return nil
+		return t.seen()
 	})
 }
 
@@ -221,6 +221,7 @@ func (t *Table) Delete() error {
 			return fmt.Errorf("delete table %s: %w", tableName, err)
 		}
 		t.forget()
+		t.shape = 0
 		return nil
 	})
 }

@@ -54,7 +54,7 @@ func (t *Table) Unoffload(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("empty the flowtable: %w", err)
 		}
-		return nil
+		return t.seen()
 	})
 }
 

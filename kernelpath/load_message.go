@@ -35,6 +35,10 @@ const (
 	attrFlowPriority = 2
 	attrFlowDevices  = 3
 	attrDeviceName   = 1
+	attrFlowHandle   = 5
+	attrTableHandle  = 4
+	attrSetHandle    = 16
+	attrObjectHandle = 6
 	flowCounter      = 2 // NFT_FLOWTABLE_COUNTER
 	hookIngress      = 0 // NF_NETDEV_INGRESS
 )

@@ -84,6 +84,11 @@ func (g *gateway) warnHost() {
 	if !g.facts.timers && len(g.policy.Timers()) > 0 {
 		g.log.Warn("this kernel has no conntrack timeouts of their own for protocols: their flows have `timeouts.udp`")
 	}
+	g.warnForeign()
+}
+
+// warnForeign warns of other tables that may drop what the gateway lets pass.
+func (g *gateway) warnForeign() {
 	chains, err := kernelpath.ForeignChains()
 	if err != nil {
 		g.log.Warn("looking for other tables on the same hooks failed", zap.Error(err))

@@ -95,3 +95,17 @@ func (g *gateway) refitFlowtable(held []string) []string {
 	}
 	return now
 }
+
+// mend puts the table back that somebody else has changed: what did not come
+// from the configuration has no place in it.
+func (g *gateway) mend() error {
+	g.change.Lock()
+	defer g.change.Unlock()
+	g.log.Warn("somebody else has changed the gateway's table (nft flush ruleset?): it is put back")
+	if err := g.apply(g.cfg, g.policy); err != nil {
+		return fmt.Errorf("put the gateway's table back: %w", err)
+	}
+	g.log.Info("the gateway's table is there again")
+	g.warnForeign()
+	return nil
+}

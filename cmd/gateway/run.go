@@ -164,6 +164,7 @@ func (g *gateway) open(undo *ladder) (err error) {
 		return err
 	}
 	undo.add(func() { _ = g.Table.Close() })
+	g.task("guard", func(ctx context.Context) error { return g.Guard(ctx, g.mend) })
 	if g.cutter, err = kernelpath.NewCutter(kernelpath.CutConfig{Marks: m.Bits, Unoffload: g.Unoffload, Logger: g.log.Named("cut")}); err != nil {
 		return err
 	}
