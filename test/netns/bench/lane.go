@@ -33,8 +33,9 @@ type lane struct {
 	start           func(*lane) error // the gateway, once the namespaces are there
 	client, gw, srv string            // namespaces; empty: not built yet
 	servers         *servers
-	daemon          *process // nil: the kernel alone
-	serial          uint32   // of flows: no two of a round share a tuple
+	ftp             *ftpServer // nil: none
+	daemon          *process   // nil: the kernel alone
+	serial          uint32     // of flows: no two of a round share a tuple
 }
 
 // up builds the lane if nobody has yet. close removes what there is, also after
@@ -46,6 +47,9 @@ func (l *lane) up() error {
 	err := l.build()
 	if err == nil {
 		err = l.start(l)
+	}
+	if err == nil {
+		err = l.forget()
 	}
 	if err != nil {
 		return fmt.Errorf("lane %q: %w", l.name, err)
@@ -105,6 +109,9 @@ func (l *lane) close() {
 	}
 	if l.daemon != nil {
 		l.daemon.stop()
+	}
+	if l.ftp != nil {
+		l.ftp.close()
 	}
 	if l.servers != nil {
 		l.servers.close()

@@ -72,11 +72,9 @@ func throughput(l *lane, p path, length time.Duration) (a amount, err error) {
 			return fmt.Errorf("socket: %w", err)
 		}
 		defer unix.Close(fd)
-		t := unix.NsecToTimeval(int64(givenUp))
 		src, dst := tcpFlow(l.next(1), p.port(bulk))
 		if err := errors.Join(
-			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &t),
-			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &t),
+			impatient(fd),
 			unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}),
 			unix.Bind(fd, src),
 		); err != nil {
@@ -85,31 +83,37 @@ func throughput(l *lane, p path, length time.Duration) (a amount, err error) {
 		if err := unix.Connect(fd, dst); err != nil {
 			return fmt.Errorf("connect: %w", err)
 		}
-		begun := time.Now()
-		b := make([]byte, 1<<20)
-		var from time.Time
-		for {
-			n, _, err := unix.Recvfrom(fd, b, unix.MSG_TRUNC)
-			if err != nil && !errors.Is(err, unix.EINTR) {
-				return fmt.Errorf("receive: %w", err)
-			}
-			if n == 0 {
-				return errors.New("the flow ended early")
-			}
-			now := time.Now()
-			if from.IsZero() {
-				if now.Sub(begun) >= warmUp {
-					from = now
-				}
-				continue
-			}
-			a.units += float64(n)
-			if a.time = now.Sub(from); a.time >= length {
-				return nil
-			}
-		}
+		a, err = receive(fd, length)
+		return err
 	})
 	return a, err
+}
+
+// receive counts what comes after a warm-up, and discards it in the kernel.
+func receive(fd int, length time.Duration) (a amount, err error) {
+	begun := time.Now()
+	b := make([]byte, 1<<20)
+	var from time.Time
+	for {
+		n, _, err := unix.Recvfrom(fd, b, unix.MSG_TRUNC)
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return a, fmt.Errorf("receive: %w", err)
+		}
+		if n == 0 {
+			return a, errors.New("the flow ended early")
+		}
+		now := time.Now()
+		if from.IsZero() {
+			if now.Sub(begun) >= warmUp {
+				from = now
+			}
+			continue
+		}
+		a.units += float64(n)
+		if a.time = now.Sub(from); a.time >= length {
+			return a, nil
+		}
+	}
 }
 
 // tcpFlow gives the k-th flow its ends: no (destination, source port) comes

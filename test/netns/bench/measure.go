@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -14,7 +15,7 @@ type benchCase struct {
 	unit     string
 	scale    float64 // units of the row to one of the load
 	expect   float64 // least median ratio; 0: for information
-	most     float64 // instead: greatest ratio of the load's time, or without a scale of the daemons'
+	most     float64 // instead: greatest ratio of the load's time, or without a scale of the daemons'; -1: for information
 	baseline string
 	of, than *lane // the gateway, the baseline
 	load     func(*lane) (amount, error)
@@ -83,11 +84,12 @@ func (s *stand) cases(length time.Duration) []benchCase {
 		{"(e) endpoint-independent mapping: new UDP flows, same endpoint", "1000/s", each, 0, 0, bare, s.mapped, s.bare, endpoint},
 		{"(e) endpoint-independent mapping: new UDP flows, new endpoints", "1000/s", each, 0, 0, bare, s.mapped, s.bare, endpoints},
 	}
+	list = append(list, s.ftpCases(length)...)
 	if s.sluice != nil {
 		return list
 	}
-	// A self-check has nothing that is queued or mapped.
-	list = slices.DeleteFunc(list, func(c benchCase) bool { return c.name[:3] == "(c)" || c.name[:3] == "(e)" })
+	// A self-check has nothing that is queued, mapped or read.
+	list = slices.DeleteFunc(list, func(c benchCase) bool { return strings.Contains("(c) (e) (f)", c.name[:3]) })
 	for i := range list {
 		list[i].expect = selfCheckLeast
 		list[i].of = s.otherBare
@@ -165,9 +167,9 @@ func (c benchCase) ratio(of, than sample) float64 { return c.figure(of) / c.figu
 // figure is what the case compares: the rate, the load's time, or the daemon's.
 func (c benchCase) figure(s sample) float64 {
 	switch {
-	case c.most > 0 && c.scale > 0:
+	case c.most != 0 && c.scale > 0:
 		return s.Time
-	case c.most > 0:
+	case c.most != 0:
 		return s.CPU
 	}
 	return s.Rate

@@ -50,7 +50,7 @@ func newReport(o options) *report {
 
 func (r *report) add(c benchCase, got result) row {
 	x := row{
-		Case: c.name, Unit: c.unit, Baseline: c.baseline, Expect: c.expect, Most: c.most, Samples: got,
+		Case: c.name, Unit: c.unit, Baseline: c.baseline, Expect: c.expect, Most: max(0, c.most), Samples: got,
 		Sluice: median(c.figures(got.Of)), Than: median(c.figures(got.Than)),
 		Ratio: median(got.Ratios), Min: slices.Min(got.Ratios), Max: slices.Max(got.Ratios),
 	}
