@@ -125,6 +125,8 @@ var bad = []struct {
 		`4: network rule "x": mapping: only a nat rule maps endpoints`, `5: network rule "y": mapping: endpoint-independent needs a network as from, to tell the inside from the outside`,
 		`6: network rule "z": mapping: "cone" is none of address-and-port-dependent, endpoint-independent`,
 		`11: network rule "w": filtering: needs mapping: endpoint-independent`, `12: network rule "w": refresh_inbound: needs mapping: endpoint-independent`}},
+	{"networks:\n  dmz: {prefixes: 192.0.2.0/24}\nnetwork_rules:\n- {name: x, from: dmz, to: any, relation: route, mss: clamp}\n- {name: y, from: any, to: any, relation: route, mss: 1400}\n", []string{
+		`4: network rule "x": mss: clamp needs the interfaces of network "dmz"`, `5: network rule "y": mss: want one of clamp, got a number`}},
 	{"network_rules:\n-\n- {}\n", []string{"2: network rule 1 is empty", "3: network rule 2 is empty"}},
 	// Protocols.
 	{"protocols:\n  a: {}\n  any: {tcp: 1}\n  b:\n    filter: tap\n    icmp: 8\n", []string{

@@ -221,7 +221,7 @@ func TestManual(t *testing.T) {
 		{"rules", "no_kernel_mode", false}, {"rules", "fail", "queue.fail"}, {"rules", "refuse", "auto"}, {"rules", "log", true},
 		{"rules", "filters", nil}, {"rules", "name", nil}, {"rules", "action", nil}, {"rules", "from", nil}, {"rules", "to", nil}, {"rules", "protocols", nil},
 		{"networks", "interfaces", nil}, {"networks", "prefixes", nil}, {"network_rules", "name", nil}, {"network_rules", "from", nil}, {"network_rules", "relation", nil}, {"network_rules", "address", nil},
-		{"network_rules", "mapping", "address-and-port-dependent"}, {"network_rules", "filtering", "address-and-port-dependent"}, {"network_rules", "refresh_inbound", true},
+		{"network_rules", "mapping", "address-and-port-dependent"}, {"network_rules", "filtering", "address-and-port-dependent"}, {"network_rules", "refresh_inbound", true}, {"network_rules", "mss", nil},
 		{"protocols", "tcp", nil}, {"protocols", "udp", nil}, {"protocols", "icmp", nil}, {"protocols", "icmpv6", nil}, {"protocols", "ip", nil}, {"protocols", "filter", nil},
 	} {
 		_, page, _ := strings.Cut(manual, "\n## "+row.section+"\n")

@@ -169,6 +169,9 @@ func (r *reader) networkRules(n ast.Node, p *policyText) {
 				v, _ := r.choice(n, what+": filtering", addressAndPort, "address-dependent", endpointIndependent)
 				rule.Filtering = filterings[v]
 			},
+			"mss": func(n ast.Node) {
+				_, rule.ClampMSS = r.choice(n, what+": mss", "clamp")
+			},
 			"refresh_inbound": func(n ast.Node) {
 				on, ok := r.boolean(n, what+": refresh_inbound")
 				rule.IgnoreInbound = ok && !on

@@ -103,6 +103,7 @@ const (
 	chainBound        = "bound"          // a new kernel flow before it is routed
 	chainHide         = "hide"           // a new kernel flow that leaves
 	chainLeave        = "leave"          // the same, by the network rules alone
+	chainSegments     = "segments"       // openings of TCP whose segments are bounded
 	chainDiscard      = "discard"        // a denial that is not told
 	chainCut          = "cut"            // a living flow that was ended
 	chainNotSyn       = "not_syn"        // TCP that begins in the middle
@@ -152,7 +153,7 @@ func Build(in Input, o Options) (Ruleset, error) {
 	if err := b.outMaps(); err != nil {
 		return Ruleset{}, fmt.Errorf("build the ruleset: %w", err)
 	}
-	for _, part := range []func() error{b.networkSets, b.upstreamZone, b.arrive, b.judged, b.translate, b.forward, b.pairs, b.publish, b.timers, b.gateway} {
+	for _, part := range []func() error{b.networkSets, b.upstreamZone, b.arrive, b.judged, b.translate, b.clamp, b.forward, b.pairs, b.publish, b.timers, b.gateway} {
 		if err := part(); err != nil {
 			return Ruleset{}, fmt.Errorf("build the ruleset: %w", err)
 		}

@@ -11,6 +11,7 @@ const (
 	priorityRaw    = -300
 	priorityArrive = -155
 	priorityOwn    = -150
+	priorityClamp  = -150
 	priorityDstNAT = -100
 	priorityFilter = 0
 	prioritySrcNAT = 100

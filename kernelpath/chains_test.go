@@ -115,7 +115,7 @@ func mappedZones() Input {
 	in.Networks = append(in.Networks, policy.Network{Name: "guests", Interfaces: []string{"lan1"}})
 	in.NetworkRules = []policy.NetworkRule{
 		{Name: "out", From: "lan", To: "internet", Relation: policy.NAT, Mapping: policy.MapEndpointIndependent, Filtering: policy.FilterEndpointIndependent},
-		{Name: "guests", From: "guests", To: "internet", Relation: policy.NAT, Mapping: policy.MapEndpointIndependent, Filtering: policy.FilterAddress},
+		{Name: "guests", From: "guests", To: "internet", Relation: policy.NAT, Mapping: policy.MapEndpointIndependent, Filtering: policy.FilterAddress, ClampMSS: true},
 	}
 	in.Compiled.Zones = append(in.Compiled.Zones, policy.Zone{ID: 3, Interfaces: []string{"lan1"}})
 	in.Compiled.Forward[0].Stages = []policy.Stage{

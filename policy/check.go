@@ -49,6 +49,7 @@ type checker struct {
 	problems []error
 
 	networks  map[string]bool
+	bare      map[string]bool // networks without interfaces
 	protocols map[string]*Protocol
 }
 
@@ -71,10 +72,11 @@ func (c *checker) enter(s Section, i int, name string, seen map[string]bool, res
 }
 
 func check(p *Policy) error {
-	c := &checker{networks: map[string]bool{}, protocols: make(map[string]*Protocol, len(p.protocols))}
+	c := &checker{networks: map[string]bool{}, bare: map[string]bool{}, protocols: make(map[string]*Protocol, len(p.protocols))}
 	for i := range p.networks {
 		c.enter(SectionNetworks, i, p.networks[i].Name, c.networks, Any, Gateway)
 		c.network(&p.networks[i])
+		c.bare[p.networks[i].Name] = len(p.networks[i].Interfaces) == 0
 	}
 	c.networks[Any], c.networks[Gateway] = true, true
 	seen := map[string]bool{}
@@ -128,6 +130,7 @@ func (c *checker) networkRule(r *NetworkRule) {
 		c.add("relation", -1, "is neither route nor nat")
 	}
 	c.mapping(r)
+	c.clamp(r)
 	if len(r.More) > 0 && r.Mapping != MapEndpointIndependent {
 		c.add("address", -1, "only mappings that are endpoint-independent leave from several addresses")
 	}
@@ -166,6 +169,15 @@ func (c *checker) mapping(r *NetworkRule) {
 	}
 	if !maps && r.IgnoreInbound {
 		c.add("refresh_inbound", -1, "needs mapping: endpoint-independent")
+	}
+}
+
+// clamp checks that both sides of a rule that clamps are known by interfaces.
+func (c *checker) clamp(r *NetworkRule) {
+	for _, name := range []string{r.From, r.To} {
+		if r.ClampMSS && c.bare[name] {
+			c.add("mss", -1, "clamp needs the interfaces of network %q", name)
+		}
 	}
 }
 

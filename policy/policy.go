@@ -84,6 +84,9 @@ type NetworkRule struct {
 	Mapping       Mapping
 	Filtering     Filtering
 	IgnoreInbound bool
+	// ClampMSS bounds TCP's segments to what the routes can carry, in both
+	// directions. Both networks are Any or have interfaces.
+	ClampMSS bool
 }
 
 // Mapping is what the external endpoint of a hidden flow depends on, in the
