@@ -158,7 +158,7 @@ func BenchmarkUDPChain(b *testing.B) {
 				client, server := fmt.Sprintf("10.0.0.2:%d", port), fmt.Sprintf("203.0.113.10:%d", port)
 				var chain []engine.Link
 				for range n {
-					chain = append(chain, udpLinkOf(&udpPlain{}))
+					chain = append(chain, udpLinkOf(passer{}))
 				}
 				f := l.take(client, server, "203.0.113.1:0", chain...)
 				got := udpFlood(l, l.client.dial(client, server), l.server.listen(server), 1400, benchTurn)

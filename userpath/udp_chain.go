@@ -60,15 +60,17 @@ func newUDPChain(u *UDP, f *udpFlow) *udpChain {
 		end:   func(r flow.Result, reason string) { u.end(f, r, reason) },
 		empty: func() { f.chain.Store(nil) },
 	}
-	initiator, target := &udpNetwork{u, f, udpInward}, &udpNetwork{u, f, udpOutward}
-	c.client, c.network = initiator, target
-	if f.external {
-		c.client, c.network = target, initiator
-	}
-	if f.emulated {
-		c.network = nil
-	}
 	c.connect(f.burst)
+	client, network := &udpNetwork{u: u, f: f, dir: udpInward}, &udpNetwork{u: u, f: f, dir: udpOutward}
+	if f.external {
+		client.dir, network.dir = udpOutward, udpInward
+	}
+	c.client = client
+	client.feedBy(c.inward[0])
+	if !f.emulated {
+		c.network = network
+		network.feedBy(c.outward[len(c.outward)-1])
+	}
 	return c
 }
 
@@ -106,27 +108,6 @@ func (c *udpChain) copied(data []byte) *filterapi.Buffer {
 	b.Addr = c.far
 	return b
 }
-
-// udpNetwork is an end of a chain: a way out of the gateway.
-type udpNetwork struct {
-	u   *UDP
-	f   *udpFlow
-	dir udpDirection
-}
-
-func (n *udpNetwork) push(b *filterapi.Buffer) {
-	if !n.f.killed() {
-		n.f.last.Store(n.u.now()) // a filter may have begun it
-		out := n.u.outs.Get().(*udpOut)
-		out.add(n.f, n.dir, b.Data)
-		out.flush()
-		n.u.outs.Put(out)
-	}
-	b.Release()
-}
-
-// shut does nothing: UDP has no way to say it.
-func (n *udpNetwork) shut() {}
 
 // enter takes a datagram from the network into the chain. data is copied.
 func (c *udpChain) enter(fromClient bool, data []byte) {
@@ -187,6 +168,8 @@ func (c *udpChain) run(i int) {
 	}
 	in, out := newFilterSockets(internal, external, &c.u.buffers)
 	err := c.pump(i, in, out.external())
+	c.inward[i].flush()
+	c.outward[i].flush()
 	if toNetwork == nil && errors.Is(err, filterapi.ErrReleased) {
 		err = errNothingToRelease
 	}

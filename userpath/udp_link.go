@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"sync"
+	"sync/atomic"
 
 	"github.com/sluicegw/sluice/filterapi"
 )
@@ -32,6 +33,12 @@ type udpLink struct {
 	max   int // bytes of one datagram
 	limit int // bytes in all
 	depth int // datagrams
+	// end is where the filter that receives here sends to, if that is the
+	// network.
+	end *udpNetwork
+	// more: when the filter received last, more was waiting, and it will come
+	// back for that.
+	more atomic.Bool
 
 	mu    sync.Mutex
 	items []*filterapi.Buffer // a ring
@@ -102,6 +109,7 @@ func (l *udpLink) discard() {
 		items = append(items, b)
 	}
 	l.mu.Unlock()
+	l.flush()
 	for _, b := range items {
 		b.Release()
 	}
@@ -135,6 +143,15 @@ func (l *udpLink) take() *filterapi.Buffer {
 	return b
 }
 
+// flush has the network end send what waits there: the filter does not come
+// back for more, or not soon.
+func (l *udpLink) flush() {
+	if l.end != nil {
+		l.more.Store(false)
+		l.end.flush()
+	}
+}
+
 // recv waits for a datagram until ctx is over. io.EOF: the other side has shut
 // down and all was read. errHandover: stop is closed, and nothing was taken.
 func (l *udpLink) recv(ctx context.Context, stop <-chan struct{}) (*filterapi.Buffer, error) {
@@ -149,13 +166,16 @@ func (l *udpLink) recv(ctx context.Context, stop <-chan struct{}) (*filterapi.Bu
 		}
 		l.mu.Lock()
 		b, shut := l.take(), l.shutd
+		l.more.Store(l.n > 0)
 		l.mu.Unlock()
 		switch {
 		case b != nil:
 			return b, nil
 		case shut:
+			l.flush()
 			return nil, io.EOF
 		}
+		l.flush()
 		select {
 		case <-l.wake:
 		case <-stop:
@@ -174,6 +194,7 @@ func (l *udpLink) passTo(next udpHop) {
 			l.next = next
 			shut := l.shutd
 			l.mu.Unlock()
+			l.flush()
 			if shut {
 				next.shut()
 			}
