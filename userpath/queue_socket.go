@@ -8,7 +8,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-	"unsafe"
 
 	"github.com/florianl/go-nfqueue/v2"
 	"github.com/mdlayher/netlink"
@@ -132,9 +131,7 @@ func (s *queueSocket) close() {
 // readable says whether something waits to be received.
 func (s *queueSocket) readable() (yes bool) {
 	err := s.raw.Control(func(fd uintptr) {
-		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		n, err := unix.Poll(p, 0)
-		yes = n != 0 || err != nil
+		yes = rawReadable(int(fd))
 	})
 	return err == nil && yes // nothing waits in a closed one
 }
@@ -163,7 +160,7 @@ type receiver struct {
 	iovs  [drainMax]unix.Iovec
 	bufs  [drainMax][messageLen]byte
 	n     int
-	errno syscall.Errno
+	err   error
 	began time.Time             // of the last system call
 	read  func(fd uintptr) bool // made once, as in verdicts
 }
@@ -182,18 +179,15 @@ func newReceiver(s *queueSocket, reading *atomic.Bool) *receiver {
 		reading.Store(true)
 		for {
 			r.began = time.Now()
-			n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&r.heads[0])),
-				drainMax, unix.MSG_DONTWAIT, 0, 0)
-			if errno == unix.EINTR {
+			n, err := rawReceiveMany(int(fd), r.heads[:])
+			if err == unix.EINTR {
 				continue
 			}
-			if r.n, r.errno = 0, errno; errno == 0 {
-				r.n = int(n)
-			}
-			if errno == unix.EAGAIN {
+			r.n, r.err = max(n, 0), err
+			if err == unix.EAGAIN {
 				reading.Store(false)
 			}
-			return errno != unix.EAGAIN
+			return err != unix.EAGAIN
 		}
 	}
 	return r
@@ -202,14 +196,11 @@ func newReceiver(s *queueSocket, reading *atomic.Bool) *receiver {
 // receive waits for messages and takes up to drainMax. An error of the
 // connection itself (closed, past its deadline) ends the loop of its caller.
 func (r *receiver) receive() error {
-	r.n, r.errno = 0, 0
+	r.n, r.err = 0, nil
 	if err := r.sock.raw.Read(r.read); err != nil {
 		return err
 	}
-	if r.errno != 0 {
-		return os.NewSyscallError("recvmmsg", r.errno)
-	}
-	return nil
+	return os.NewSyscallError("recvmmsg", r.err)
 }
 
 // message is the i-th datagram of the last receive.

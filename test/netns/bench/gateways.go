@@ -19,7 +19,7 @@ type stand struct {
 	mapped              *lane // Sluice with endpoint-independent mapping
 	many                *lane // Sluice with very many rules
 	c, callback         *lane // what accepts each first packet
-	loop                *lane // what reads and releases every packet
+	loop, everyC        *lane // what reads and releases every packet: the gateway's loop, the same in C
 	files, helper       *lane // Sluice with its FTP filter, and the kernel's helper
 	// other* take Sluice's place in a self-check.
 	otherBare, otherProxy *lane
@@ -54,6 +54,7 @@ func newStand(ctx context.Context, o options) (*stand, error) {
 	s.mapped = sluice("sluice, mapping endpoints", mappedConfig)
 	s.c = s.queueLane("libnetfilter_queue", firstRules, s.startC(ctx, o.accept))
 	s.callback = s.queueLane("go-nfqueue", firstRules, s.startRole(ctx, roleCallback))
+	s.everyC = s.queueLane("libnetfilter_queue, every packet", everyRules, s.startC(ctx, o.accept))
 	s.loop = s.queueLane("queue loop", everyRules, s.startRole(ctx, roleLoop))
 	s.declareFTP(ctx, o.gateway)
 	return s, nil

@@ -77,6 +77,8 @@ func (s *stand) cases(length time.Duration) []benchCase {
 		{"(c) time until a connection stands: p99", "µs", each, 0, 1.2, c, s.sluice, s.c, waiting(99)},
 		{"(c) every packet queued: TCP", "Gbit/s", bits, 0.8, 0, "not queued", s.loop, s.bare, rate(judged)},
 		{"(c) every packet queued: packets of 64 bytes", "1000/s", each, 0, 0, "not queued", s.loop, s.bare, packets(judged, smallPacket)},
+		{"(c) every packet queued: TCP", "Gbit/s", bits, 0, 0, c, s.loop, s.everyC, rate(judged)},
+		{"(c) every packet queued: packets of 64 bytes", "1000/s", each, 0, 0, c, s.loop, s.everyC, packets(judged, smallPacket)},
 		{"(d) user path: throughput", "Gbit/s", bits, 1, 0, proxy, s.sluice, s.proxy, rate(carried)},
 		{"(d) user path: throughput, with one data filter", "Gbit/s", bits, 0.8, 0, proxy, s.sluice, s.proxy, rate(filtered)},
 		{"(d) user path: TCP connections", "1000/s", each, 1, 0, proxy, s.sluice, s.proxy, tcp(carried, greet)},
