@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -26,6 +27,8 @@ type fakeKernel struct {
 	fail error
 	// peers are those of mappings.
 	peers map[nat.Peer]bool
+	// living is conntrack's table, as far as a test fills it.
+	living []LivingFlow
 	// watched is how often the reports of established flows are asked for.
 	watched int
 }
@@ -58,6 +61,16 @@ func (k *fakeKernel) Peers(_ context.Context, come, gone []nat.Peer) error {
 	}
 	for _, p := range come {
 		k.peers[p] = true
+	}
+	return nil
+}
+
+func (k *fakeKernel) Living(_ context.Context, take func(LivingFlow)) error {
+	k.mu.Lock()
+	living := slices.Clone(k.living)
+	k.mu.Unlock()
+	for _, f := range living {
+		take(f)
 	}
 	return nil
 }

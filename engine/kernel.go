@@ -26,6 +26,9 @@ type Kernel interface {
 	// Peers adds to the addresses that inside endpoints have sent to, and takes
 	// some away. One that is there, or is not, is no error.
 	Peers(ctx context.Context, come, gone []nat.Peer) error
+	// Living lists the flows that the kernel carries. One that begins or ends
+	// meanwhile may be missed. take runs on the caller's goroutine.
+	Living(ctx context.Context, take func(LivingFlow)) error
 	// WatchEstablished has Engine.KernelEstablished called for every kernel
 	// flow that is established, from the return on, until it was called with
 	// false as often as with true.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+	"time"
 
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/nat"
@@ -51,7 +52,7 @@ type mapping struct {
 	opened           bool  // the kernel lets others in
 	shared           bool  // the kernel knows that others may have its addresses
 	rule             int32 // mappings.rules
-	flows            int32 // of the kernel's, and in user space
+	flows            int32 // of the kernel's, and in user space, as far as told: see mapping_survey.go
 	since            int64 // nanoseconds, when it was made
 	idle             int64 // nanoseconds, since when it has no flow
 	extra            *mappingExtra
@@ -118,6 +119,8 @@ type mappings struct {
 	sweeping   bool
 	adopting   bool                      // the kernel does not have the rules yet
 	journal    map[flow.Tuple]journalled // while a dump is compared; else nil
+	survey     *survey                   // that is under way; nil: none
+	rested     time.Time                 // before which there is no other
 }
 
 // mappingRule is a network rule, for mappings: by its name, which stays.

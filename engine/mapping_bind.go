@@ -183,11 +183,12 @@ type MappingInfo struct{ Living, Flows int }
 
 // Mappings counts them.
 func (e *Engine) Mappings() (i MappingInfo) {
+	flows := e.living()
 	e.mappings.mu.Lock()
 	defer e.mappings.mu.Unlock()
 	i.Living = len(e.mappings.byExternal)
 	for _, m := range e.mappings.byExternal {
-		i.Flows += int(m.flows)
+		i.Flows += flows.of(m)
 	}
 	return i
 }
@@ -195,6 +196,7 @@ func (e *Engine) Mappings() (i MappingInfo) {
 // mappedBinds lists the mappings as binds, without those that are objects.
 func (e *Engine) mappedBinds() []PermissionInfo {
 	x := &e.mappings
+	flows := e.living()
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	out := make([]PermissionInfo, 0, len(x.byExternal))
@@ -204,7 +206,7 @@ func (e *Engine) mappedBinds() []PermissionInfo {
 		}
 		i := PermissionInfo{
 			Permission: x.permission(m), By: networkRuleWord + x.rules[m.rule].name, Owner: m.inside.addrPort().Addr(),
-			State: "armed", Path: "kernel", Bind: true, Flows: int(m.flows),
+			State: "armed", Path: "kernel", Bind: true, Flows: flows.of(m),
 		}
 		switch {
 		case m.state == mappingOutlived:

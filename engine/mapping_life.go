@@ -60,9 +60,9 @@ func (e *Engine) mapped(t flow.Tuple, tr flow.Translation, by int32) {
 	if len(x.byExternal) == 0 {
 		return
 	}
-	if x.journal != nil {
-		j, told := x.journal[t]
-		x.journal[t] = journalled{tr, j.begun + by, j.endedFirst || !told && by < 0}
+	note(x.journal, t, tr, by)
+	if x.survey != nil {
+		note(x.survey.journal, t, tr, by)
 	}
 	sender, target := x.of(t, tr)
 	if sender != nil {
@@ -131,7 +131,7 @@ const sweepEvery = 500 * time.Millisecond
 // came in the same time again, the external endpoint is returned.
 func (e *Engine) sweepMappings() {
 	x := &e.mappings
-	var leave, over []*mapping
+	var idle, leave, over []*mapping
 	var peers []nat.Peer
 	x.mu.Lock()
 	now := e.now().UnixNano()
@@ -139,7 +139,19 @@ func (e *Engine) sweepMappings() {
 		switch {
 		case m.flows > 0:
 			delete(x.idle, m)
-		case !x.over(m, now):
+		case x.over(m, now):
+			idle = append(idle, m)
+		}
+	}
+	x.mu.Unlock()
+	idle, ok := e.unused(idle)
+	if !ok {
+		return
+	}
+	x.mu.Lock()
+	for _, m := range idle {
+		switch {
+		case m.flows > 0 || !x.over(m, now): // a packet has come
 		case m.state == mappingLive:
 			m.state, m.idle = mappingLeaving, now
 			m.more().change = make(chan struct{})

@@ -339,6 +339,59 @@ func TestMappingPeers(t *testing.T) {
 	})
 }
 
+// The kernel begins flows of a known endpoint without a word. They are looked for
+// before their mapping goes.
+func TestMappingUntoldFlows(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b, ports := mappingBench(t, mappingPolicy(t, nil))
+		flows := func(external netip.AddrPort, all ...flow.Packet) {
+			b.kernel.mu.Lock()
+			defer b.kernel.mu.Unlock()
+			b.kernel.living = nil
+			for _, p := range all {
+				b.kernel.living = append(b.kernel.living, LivingFlow{Tuple: p.Tuple, Translation: flow.Translation{Src: external}})
+			}
+		}
+		to := func(port int) flow.Packet { return udpPacket("10.0.0.2:5000", fmt.Sprintf("203.0.113.10:%d", port)) }
+		b.carries(t, to(1))
+		x := b.kernel.only(t).External
+		b.began(to(1), x)
+		flows(x, to(2), to(3))
+		if got := b.Binds(); len(got) != 1 || got[0].Flows != 2 {
+			t.Errorf("binds %+v", got)
+		}
+		b.ended(to(1), x)
+		time.Sleep(time.Minute)
+		flows(x, to(3))
+		b.ended(to(2), x)
+		time.Sleep(time.Minute)
+		if b.kernel.empty() || len(b.mappings.idle) != 0 {
+			t.Fatalf("a flow lives; the kernel holds %v", b.kernel.held)
+		}
+		// One begins in the moment between the look and the end.
+		flows(x)
+		b.ended(to(3), x)
+		time.Sleep(lateReports + sweepEvery)
+		synctest.Wait()
+		if !b.kernel.empty() {
+			t.Fatalf("without a flow the kernel holds %v", b.kernel.held)
+		}
+		flows(x, to(4))
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if got := b.kernel.only(t).External; got != x || ports.Leased() != 1 {
+			t.Errorf("it is back at %s, it was at %s", got, x)
+		}
+		flows(x)
+		b.ended(to(4), x)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if !b.kernel.empty() || ports.Leased() != 0 || len(b.mappings.byExternal)+len(b.mappings.idle) != 0 {
+			t.Errorf("left: %v, %d ports", b.kernel.held, ports.Leased())
+		}
+	})
+}
+
 // Mappings that the rules do not make any more take nothing new, and keep their
 // ports as long as they have flows.
 func TestMappingReload(t *testing.T) {
@@ -525,7 +578,8 @@ func TestMappingsAtRandom(t *testing.T) {
 }
 
 func randomMappings(t *testing.T, r *rand.Rand) {
-	b, ports := mappingBench(t, mappingPolicy(t, filteringBy(policy.Filtering(r.IntN(3)))))
+	filtering := policy.Filtering(r.IntN(3))
+	b, ports := mappingBench(t, mappingPolicy(t, filteringBy(filtering)))
 	living := map[flow.Tuple]flow.Translation{} // conntrack
 	dump := func(context.Context) (out []LivingFlow, err error) {
 		for t, tr := range living {
@@ -533,10 +587,16 @@ func randomMappings(t *testing.T, r *rand.Rand) {
 		}
 		return out, nil
 	}
+	show := func() {
+		b.kernel.mu.Lock()
+		defer b.kernel.mu.Unlock()
+		b.kernel.living, _ = dump(t.Context())
+	}
 	for range 300 {
 		src := netip.AddrPortFrom(ap(fmt.Sprintf("10.0.0.%d:0", 2+r.IntN(3))).Addr(), uint16(5000+r.IntN(3)))
 		dst := fmt.Sprintf("203.0.113.%d:%d", 10+r.IntN(2), 1000+r.IntN(3))
 		p := udpPacket(src.String(), dst)
+		lost := false
 		switch r.IntN(6) {
 		case 0, 1:
 			held, known := b.leaving(src, flow.UDP)
@@ -551,13 +611,19 @@ func randomMappings(t *testing.T, r *rand.Rand) {
 				break
 			}
 			living[p.Tuple] = flow.Translation{Src: held.External}
-			if r.IntN(8) > 0 {
+			show()
+			switch told := !known || filtering == policy.FilterAddress; {
+			case !told: // the kernel does not
+			case r.IntN(8) > 0:
 				b.began(p, held.External)
+			default:
+				lost = true
 			}
 		case 2, 3:
 			for tuple, tr := range living {
 				delete(living, tuple)
-				if r.IntN(8) > 0 {
+				show()
+				if lost = r.IntN(8) == 0; !lost {
 					b.ended(flow.Packet{Tuple: tuple}, tr.Src)
 				}
 				break
@@ -569,9 +635,10 @@ func randomMappings(t *testing.T, r *rand.Rand) {
 		case 5:
 			time.Sleep(time.Duration(r.IntN(1500)) * time.Millisecond)
 		}
-		// Reports that are lost are noticed at once, and looked up.
-		if err := b.Recount(context.Background(), dump); err != nil {
-			t.Fatal(err)
+		if lost { // which is noticed at once
+			if err := b.Recount(context.Background(), dump); err != nil {
+				t.Fatal(err)
+			}
 		}
 		synctest.Wait()
 		of := map[netip.AddrPort]netip.AddrPort{}
@@ -587,6 +654,7 @@ func randomMappings(t *testing.T, r *rand.Rand) {
 		}
 	}
 	clear(living)
+	show()
 	if err := b.Recount(context.Background(), dump); err != nil {
 		t.Fatal(err)
 	}

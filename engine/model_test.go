@@ -71,6 +71,15 @@ func (k *flakyKernel) Remove(_ context.Context, p nat.Permission) error {
 	return nil
 }
 
+func (k *flakyKernel) Living(context.Context, func(LivingFlow)) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.refuses() {
+		return errFlaky
+	}
+	return nil
+}
+
 func (k *flakyKernel) Peers(context.Context, []nat.Peer, []nat.Peer) error { return nil }
 
 func (k *flakyKernel) Cut(context.Context, ...flow.Tuple) error { return nil }

@@ -101,8 +101,18 @@ func peerKey(inside, port, peer field) []field { return []field{inside, fieldL4P
 //
 //	chain carry_known {
 //		meta nfproto ipv4 meta l4proto { icmp, tcp, udp } add @peer4 { ip saddr . meta l4proto . ct original proto-src . ip daddr }
-//		goto carry_mapped
+//		... (timers)
+//		goto carry_plain
 //	}
+//	chain carry_mapped {
+//		ct event set destroy
+//		... (timers)
+//		goto carry_plain
+//	}
+//
+// That a flow of a known endpoint begins, conntrack tells only where somebody
+// keeps account of the peers. The word costs as much as the flow itself; the
+// engine counts the flows of a mapping when it seems to have none.
 func (b *builder) mapped() {
 	byAddress := false
 	four := is(fieldNFProto, ipv4.nfproto)
@@ -124,12 +134,14 @@ func (b *builder) mapped() {
 	if byAddress {
 		c := b.chain(chainCarryKnown)
 		c.add(four, hasEndpoint(), insert(setPeer, peerKey(fieldSaddr4, fieldAskedSport, fieldDaddr4)...))
-		c.add(goTo(chainCarryMapped))
+		b.lookTimersUp(c)
+		c.add(goTo(chainCarryPlain))
 	}
 	b.around()
 	b.letIn()
 	if b.maps() {
 		c := b.chain(chainCarryMapped)
+		c.add(tellDestroy())
 		b.lookTimersUp(c)
 		c.add(goTo(chainCarryPlain))
 		u := b.chain(chainCarryUntold)

@@ -17,6 +17,16 @@ import (
 // namespace of the calling thread, daemon or not. The list is no snapshot: a
 // flow that begins or ends meanwhile may be in it or not.
 func Dump(ctx context.Context, marks flow.Marks, paths ...flow.Path) ([]KernelFlow, error) {
+	var flows []KernelFlow
+	if err := Each(ctx, marks, func(f *KernelFlow) { flows = append(flows, *f) }, paths...); err != nil {
+		return nil, err
+	}
+	return flows, nil
+}
+
+// Each is Dump for who keeps none of them: take runs on the caller's goroutine,
+// and f is good until it returns.
+func Each(ctx context.Context, marks flow.Marks, take func(f *KernelFlow), paths ...flow.Path) error {
 	wanted := func(mark uint32) bool {
 		if len(paths) == 0 {
 			return mark&marks.Mask() != 0
@@ -25,27 +35,25 @@ func Dump(ctx context.Context, marks flow.Marks, paths ...flow.Path) ([]KernelFl
 	}
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
-		return nil, fmt.Errorf("open netfilter netlink socket: %w", err)
+		return fmt.Errorf("open netfilter netlink socket: %w", err)
 	}
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
-	var flows []KernelFlow
 	for _, attrs := range dumpFilters(marks, paths) {
 		request, err := conn.Send(ctRequest(ctMsgGet, netlink.Dump, unix.AF_UNSPEC, attrs))
 		if err != nil {
-			return nil, fmt.Errorf("ask for the conntrack table: %w", err)
+			return fmt.Errorf("ask for the conntrack table: %w", err)
 		}
-		some, err := readDump(conn, request.Header.Sequence, wanted)
+		err = readDump(conn, request.Header.Sequence, wanted, take)
 		if ctx.Err() != nil {
-			return nil, fmt.Errorf("dump the conntrack table: %w", context.Cause(ctx))
+			return fmt.Errorf("dump the conntrack table: %w", context.Cause(ctx))
 		}
 		if err != nil {
-			return nil, fmt.Errorf("dump the conntrack table: %w", err)
+			return fmt.Errorf("dump the conntrack table: %w", err)
 		}
-		flows = append(flows, some...)
 	}
-	return flows, nil
+	return nil
 }
 
 // dumpFilters are the requests that list what has one of the paths. One path is
@@ -64,16 +72,16 @@ func dumpFilters(marks flow.Marks, paths []flow.Path) [][]byte {
 	return all
 }
 
-func readDump(conn *netlink.Conn, seq uint32, wanted func(mark uint32) bool) ([]KernelFlow, error) {
+func readDump(conn *netlink.Conn, seq uint32, wanted func(mark uint32) bool, take func(*KernelFlow)) error {
 	in, err := newRawReader(conn, 64<<10)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	var flows []KernelFlow
+	var f KernelFlow
 	for {
 		datagram, err := in.read()
 		if err != nil {
-			return nil, err
+			return err
 		}
 		for {
 			m, rest, ok := nextMessage(datagram)
@@ -84,12 +92,12 @@ func readDump(conn *netlink.Conn, seq uint32, wanted func(mark uint32) bool) ([]
 			switch {
 			case m.seq != seq:
 			case m.kind == unix.NLMSG_DONE:
-				return flows, m.errorOf()
+				return m.errorOf()
 			case m.kind == unix.NLMSG_ERROR:
-				return flows, m.errorOf()
+				return m.errorOf()
 			case len(m.data) >= nfHeaderSize && wanted(markOf(m.data[nfHeaderSize:])):
-				if f, ok := parseEntry(m.data[nfHeaderSize:]); ok {
-					flows = append(flows, f)
+				if f, ok = parseEntry(m.data[nfHeaderSize:]); ok {
+					take(&f)
 				}
 			}
 		}

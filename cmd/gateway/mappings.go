@@ -16,22 +16,23 @@ import (
 )
 
 // mapsEndpoints says whether a network rule maps endpoints: then conntrack must
-// tell when flows begin.
+// tell when flows begin that user space, or a mapping's filtering, lets pass.
 func mapsEndpoints(p *policy.Policy) bool {
 	return slices.ContainsFunc(p.NetworkRules(), func(r policy.NetworkRule) bool { return r.Mapping == policy.MapEndpointIndependent })
 }
 
 // livingFlows lists the kernel's flows.
 func (g *gateway) livingFlows(ctx context.Context) ([]engine.LivingFlow, error) {
-	living, err := kernelpath.Dump(ctx, g.bits, flow.Kernel)
-	if err != nil {
-		return nil, err
-	}
-	out := make([]engine.LivingFlow, len(living))
-	for i, f := range living {
-		out[i] = engine.LivingFlow{Tuple: f.Tuple, Translation: f.Translation, Counts: f.Counts}
-	}
-	return out, nil
+	var out []engine.LivingFlow
+	err := g.Living(ctx, func(f engine.LivingFlow) { out = append(out, f) })
+	return out, err
+}
+
+// Living implements engine.Kernel.
+func (g *gateway) Living(ctx context.Context, take func(engine.LivingFlow)) error {
+	return kernelpath.Each(ctx, g.bits, func(f *kernelpath.KernelFlow) {
+		take(engine.LivingFlow{Tuple: f.Tuple, Translation: f.Translation, Counts: f.Counts})
+	}, flow.Kernel)
 }
 
 // adoptMappings takes over what an earlier run has left in the kernel: the
