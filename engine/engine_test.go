@@ -29,6 +29,9 @@ type fakeKernel struct {
 	peers map[nat.Peer]bool
 	// living is conntrack's table, as far as a test fills it.
 	living []LivingFlow
+	// slow keeps those who ask for later until answer.
+	slow    bool
+	waiting []func()
 	// watched is how often the reports of established flows are asked for.
 	watched int
 }
@@ -41,6 +44,29 @@ func (k *fakeKernel) Install(_ context.Context, p nat.Permission) error {
 	}
 	k.held[p.ID] = p
 	return nil
+}
+
+func (k *fakeKernel) InstallLater(p nat.Permission, done func(error)) {
+	k.mu.Lock()
+	slow := k.slow
+	if slow {
+		k.waiting = append(k.waiting, func() { done(k.Install(context.Background(), p)) })
+	}
+	k.mu.Unlock()
+	if !slow {
+		done(k.Install(context.Background(), p))
+	}
+}
+
+// answer gives those that wait the kernel's word.
+func (k *fakeKernel) answer() {
+	k.mu.Lock()
+	waiting := k.waiting
+	k.waiting = nil
+	k.mu.Unlock()
+	for _, f := range waiting {
+		f()
+	}
 }
 
 func (k *fakeKernel) Remove(_ context.Context, p nat.Permission) error {

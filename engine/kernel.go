@@ -10,13 +10,16 @@ import (
 )
 
 // Kernel is what the engine asks of the kernel. kernelpath implements it.
-// Every method returns when the kernel has acknowledged. Safe for concurrent
+// Every other method returns when the kernel has acknowledged. Safe for concurrent
 // use; changes that wait together go out together.
 type Kernel interface {
 	// Install lets the flows of a permission in; one with the same ID is
 	// replaced. On error nothing of it is in force; nat.ErrConflict: another
 	// one has the same addresses and sends its flows elsewhere.
 	Install(context.Context, nat.Permission) error
+	// InstallLater is Install for who does not wait: done gets its error, on a
+	// goroutine that must not be blocked and cannot ask the Kernel for anything.
+	InstallLater(p nat.Permission, done func(error))
 	// Remove voids a permission; one that is used up or gone is no error.
 	Remove(context.Context, nat.Permission) error
 	// Cut ends living kernel flows, named by the tuple of their first packet

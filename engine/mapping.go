@@ -249,33 +249,46 @@ func (e *Engine) revive(ctx context.Context, m *mapping) error {
 // is not when it returns.
 func (e *Engine) makeMapping(ctx context.Context, c *connection, r *policy.NetworkRule, q policy.Question, key insideKey) (*mapping, error) {
 	x := &e.mappings
-	m := &mapping{
-		id: e.nextID(), inside: key.at, first: packed(q.Dst), proto: key.proto, filtering: r.Filtering, rule: key.rule,
-		since: e.now().UnixNano(), extra: &mappingExtra{change: make(chan struct{})},
-	}
-	x.byInside[key] = m
+	m := e.newMapping(r, q, key)
 	x.mu.Unlock()
 	err := e.leaseMapping(m, r, q)
 	if err == nil && c != nil && c.session != nil {
 		err = e.raiseBind(ctx, m, c)
 	}
-	x.mu.Lock()
 	if err == nil {
+		x.mu.Lock()
 		e.rest(m, e.now().Add(unconfirmed))
 		if err = e.putMapping(m); err == nil { // unlocks
 			return m, errors.Join(e.enforceBind(m), e.meet(m, q))
 		}
-		x.mu.Lock()
 	}
-	delete(x.byInside, key)
+	e.abandonMapping(m)
+	e.closeBind(m)
+	return nil, err
+}
+
+// newMapping is one that is to be made. mappings.mu is held.
+func (e *Engine) newMapping(r *policy.NetworkRule, q policy.Question, key insideKey) *mapping {
+	m := &mapping{
+		id: e.nextID(), inside: key.at, first: packed(q.Dst), proto: key.proto, filtering: r.Filtering, rule: key.rule,
+		since: e.now().UnixNano(), extra: &mappingExtra{change: make(chan struct{})},
+	}
+	e.mappings.byInside[key] = m
+	return m
+}
+
+// abandonMapping gives up one that could not be made.
+func (e *Engine) abandonMapping(m *mapping) {
+	x := &e.mappings
+	x.mu.Lock()
+	delete(x.byInside, m.insideKey())
+	delete(x.idle, m)
 	x.forgetExternal(m)
 	e.changed(m)
 	x.mu.Unlock()
 	if m.external.port != 0 {
 		e.ports.Unlease(m.proto, m.external.addrPort())
 	}
-	e.closeBind(m)
-	return nil, err
 }
 
 // leaseMapping finds the external endpoint.
@@ -322,6 +335,11 @@ func (e *Engine) putMapping(m *mapping) error {
 	err := e.kernel.Install(context.Background(), p)
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	return e.mappingPut(m, p, err)
+}
+
+// mappingPut is told what came of it. x.mu is held.
+func (e *Engine) mappingPut(m *mapping, p nat.Permission, err error) error {
 	if err == nil {
 		m.state, m.opened, m.shared = mappingLive, p.AnySource, p.Shared
 		if m.shared {

@@ -48,6 +48,10 @@ func (k *flakyKernel) Install(_ context.Context, p nat.Permission) error {
 	return nil
 }
 
+func (k *flakyKernel) InstallLater(p nat.Permission, done func(error)) {
+	done(k.Install(context.Background(), p))
+}
+
 // WatchEstablished may refuse to begin, and to end.
 func (k *flakyKernel) WatchEstablished(on bool) error {
 	k.mu.Lock()

@@ -76,20 +76,28 @@ func (e *Engine) DecideNow(first flow.Packet) (path flow.Path, ok bool) {
 
 // plainly judges a flow by the rules, if nothing else has a say.
 func (e *Engine) plainly(rules *policy.Policy, first flow.Packet) (v policy.Verdict, ok bool) {
+	v, _, ok = e.byRules(rules, first)
+	return v, ok && !v.Maps(first.Tuple)
+}
+
+// byRules does so, wherever the flow leaves from, and gives what the rules were
+// asked.
+func (e *Engine) byRules(rules *policy.Policy, first flow.Packet) (v policy.Verdict, q policy.Question, ok bool) {
 	t := first.Tuple
 	if !t.Proto.HasPorts() || first.InIface == "" || e.factories.concern(t.Src.Addr()) || e.perms.concern(t) {
-		return v, false
+		return v, q, false
 	}
 	out, local, known := "", false, false
 	if e.cached != nil {
 		out, local, known = e.cached.Known(t.Dst.Addr())
 	}
 	if !known || local {
-		return v, false
+		return v, q, false
 	}
-	v = rules.Judge(policy.Question{Tuple: t, InIface: first.InIface, OutIface: out})
+	q = policy.Question{Tuple: t, InIface: first.InIface, OutIface: out}
+	v = rules.Judge(q)
 	carried := v.Class != policy.ClassDrop && v.Class != policy.ClassReject
-	return v, carried && v.Rule != nil && !v.Rule.NoKernelMode && !v.Maps(t) && !v.Server.IsValid()
+	return v, q, carried && v.Rule != nil && !v.Rule.NoKernelMode && !v.Server.IsValid()
 }
 
 // wanted says whether a filter wants to hear of a new flow; s may be nil.

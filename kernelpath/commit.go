@@ -55,7 +55,16 @@ type change struct {
 	// ID is removed instead.
 	refused error
 	alone   func() error
-	result  chan error // one answer, exactly once
+	result  chan error  // one answer, exactly once
+	done    func(error) // instead of result
+}
+
+func (c *change) answer(err error) {
+	if c.done != nil {
+		c.done(err)
+		return
+	}
+	c.result <- err
 }
 
 // Open connects to nf_tables. netns is a file descriptor of a network
@@ -99,6 +108,21 @@ func (t *Table) Install(ctx context.Context, p nat.Permission) error {
 	return nil
 }
 
+// InstallLater is Install for who does not wait: done is called with its error
+// on the owner goroutine, and must neither block nor call the Table. Those that
+// are asked for together are told together. (engine.Kernel)
+func (t *Table) InstallLater(p nat.Permission, done func(error)) {
+	told := func(err error) {
+		if err != nil {
+			err = fmt.Errorf("install permission %d: %w", p.ID, err)
+		}
+		done(err)
+	}
+	if !t.queue(&change{ctx: context.Background(), permission: p, done: told}) {
+		told(ErrClosed)
+	}
+}
+
 // Remove voids a permission and returns when the kernel has acknowledged. One
 // that was used up, has expired or is unknown is no error. (engine.Kernel)
 func (t *Table) Remove(ctx context.Context, p nat.Permission) error {
@@ -118,15 +142,23 @@ func (t *Table) do(ctx context.Context, f func() error) error {
 // the change goes out.
 func (t *Table) submit(c *change) error {
 	c.result = make(chan error, 1)
+	if !t.queue(c) {
+		return ErrClosed
+	}
+	return <-c.result
+}
+
+// queue puts a change among those that wait; false: the table is closed.
+func (t *Table) queue(c *change) bool {
 	t.mu.Lock()
 	if t.closed {
 		t.mu.Unlock()
-		return ErrClosed
+		return false
 	}
 	t.waiting = append(t.waiting, c)
 	t.mu.Unlock()
 	t.rouse()
-	return <-c.result
+	return true
 }
 
 func (t *Table) rouse() {
@@ -161,10 +193,10 @@ func (t *Table) work(batch []*change) {
 	for _, c := range batch {
 		switch {
 		case c.ctx.Err() != nil:
-			c.result <- c.ctx.Err()
+			c.answer(c.ctx.Err())
 		case c.alone != nil:
 			flush()
-			c.result <- c.alone()
+			c.answer(c.alone())
 		default:
 			group = append(group, c)
 		}
@@ -193,7 +225,7 @@ func (t *Table) apply(group []*change) {
 		t.holders.gates.opened(now)
 		t.holders.end()
 		for _, c := range group {
-			c.result <- c.refused
+			c.answer(c.refused)
 		}
 	case len(group) > 1:
 		undo()
@@ -202,7 +234,7 @@ func (t *Table) apply(group []*change) {
 	default:
 		undo()
 		err := t.alone(group[0])
-		group[0].result <- cmp.Or(group[0].refused, err)
+		group[0].answer(cmp.Or(group[0].refused, err))
 	}
 }
 

@@ -19,7 +19,7 @@ func appendAttr(b []byte, kind uint16, value ...byte) []byte {
 	b = binary.NativeEndian.AppendUint16(b, uint16(attrHeaderSize+len(value)))
 	b = binary.NativeEndian.AppendUint16(b, kind)
 	b = append(b, value...)
-	return append(b, make([]byte, -len(value)&3)...)
+	return append(b, "\x00\x00\x00"[:-len(value)&3]...)
 }
 
 func appendAttr16(b []byte, kind uint16, value uint16) []byte {

@@ -19,6 +19,8 @@ import (
 // when they have become many (Table.closeGates).
 type gates struct {
 	until map[slotKey]time.Time
+	// four and six are the names of the sets.
+	four, six string
 	// opening are those of the running transaction.
 	opening map[slotKey]opening
 	swept   time.Time
@@ -38,7 +40,9 @@ const gateLasts = 10 * time.Minute
 // minGates are never too many.
 const minGates = 4096
 
-func newGates() gates { return gates{until: map[slotKey]time.Time{}, enough: minGates} }
+func newGates() gates {
+	return gates{until: map[slotKey]time.Time{}, four: setGate(ipv4), six: setGate(ipv6), enough: minGates}
+}
 
 // open has a permission's destination looked at, and what its client sends if
 // that has a source of its own.
@@ -54,25 +58,30 @@ func (g *gates) open(p nat.Permission, now time.Time) {
 }
 
 func (g *gates) openFor(a netip.Addr, p nat.Permission, now time.Time) {
-	raw := a.AsSlice()
-	k := slotKey{setGate(familyOf(a.Is6())), string(raw)}
 	var until time.Time
 	if p.Timeout > 0 {
 		until = now.Add(p.Timeout)
 	}
-	if have, ok := g.until[k]; ok && covers(have, until) {
+	set, all := g.four, a.As16()
+	raw := all[12:]
+	if a.Is6() {
+		set, raw = g.six, all[:]
+	}
+	// Nearly every one is open; these look-ups make no string.
+	if have, ok := g.until[slotKey{set, string(raw)}]; ok && covers(have, until) {
 		return
 	}
-	if have, ok := g.opening[k]; ok && covers(have.until, until) {
+	if have, ok := g.opening[slotKey{set, string(raw)}]; ok && covers(have.until, until) {
 		return
 	}
+	k := slotKey{set, string(raw)}
 	if !until.IsZero() {
 		until = until.Add(gateLasts)
 	}
 	if g.opening == nil {
 		g.opening = map[slotKey]opening{}
 	}
-	g.opening[k] = opening{element{text: a.String(), key: raw}, until}
+	g.opening[k] = opening{element{text: a.String(), key: []byte(k.key)}, until}
 }
 
 // covers says whether a gate that is open until have is open until want.

@@ -205,53 +205,75 @@ func (t *transaction) elements(typ, flags uint16, s *set, id uint32, elems []ele
 		head = append(head, attr(unix.NFTA_SET_ELEM_LIST_SET_ID, be32(id)))
 	}
 	for first := 0; first < len(elems); {
-		var list []netlink.Attribute
-		n, size := 0, 0
-		for ; first+n < len(elems) && size < elementBytes; n++ {
-			for _, a := range t.element(s, elems[first+n]) {
-				list = append(list, a)
-				size += len(a.Data) + 4
-			}
+		n := 0
+		list := make([]byte, 0, min(elementBytes, 64*(len(elems)-first))+256)
+		for ; first+n < len(elems) && len(list) < elementBytes; n++ {
+			list = appendElement(list, s, &elems[first+n])
 		}
 		what := fmt.Sprintf("%s, element %d to %d", s.label(), first+1, first+n)
 		if n == 1 {
 			what = fmt.Sprintf("%s, element %s", s.label(), elems[first].label())
 		}
-		t.put(what, typ, flags, append(head[:len(head):len(head)], t.inner(unix.NFTA_SET_ELEM_LIST_ELEMENTS, list...))...)
+		t.put(what, typ, flags, append(head[:len(head):len(head)], attr(unix.NFTA_SET_ELEM_LIST_ELEMENTS|nested, list))...)
 		first += n
 	}
 }
 
-// element is one element; a range of a plain interval set is two: where it
-// begins and where it ends.
-func (t *transaction) element(s *set, e element) []netlink.Attribute {
-	parts := []netlink.Attribute{t.inner(unix.NFTA_SET_ELEM_KEY, attr(unix.NFTA_DATA_VALUE, e.key))}
+// appendElement adds one element; a range of a plain interval set is two: where
+// it begins and where it ends. Many of them wait for each other's transaction, so
+// that they are written in place.
+func appendElement(b []byte, s *set, e *element) []byte {
 	plainRange := s.interval && len(s.key) == 1
+	b, elem := beginAttr(b, attrListElem)
+	b = appendData(b, unix.NFTA_SET_ELEM_KEY, e.key)
 	if len(e.end) > 0 && !plainRange {
-		parts = append(parts, t.inner(attrElemKeyEnd, attr(unix.NFTA_DATA_VALUE, e.end)))
+		b = appendData(b, attrElemKeyEnd, e.end)
 	}
 	switch {
 	case e.verdict != nil:
-		v := []netlink.Attribute{attr(unix.NFTA_VERDICT_CODE, be32(uint32(e.verdict.Kind)))}
+		var data, v int
+		b, data = beginAttr(b, unix.NFTA_SET_ELEM_DATA)
+		b, v = beginAttr(b, unix.NFTA_DATA_VERDICT)
+		b = appendAttr32(b, unix.NFTA_VERDICT_CODE, uint32(e.verdict.Kind))
 		if e.verdict.Chain != "" {
-			v = append(v, attr(unix.NFTA_VERDICT_CHAIN, text(e.verdict.Chain)))
+			b = appendAttr(b, unix.NFTA_VERDICT_CHAIN, text(e.verdict.Chain)...)
 		}
-		parts = append(parts, t.inner(unix.NFTA_SET_ELEM_DATA, t.inner(unix.NFTA_DATA_VERDICT, v...)))
+		endAttr(b, v)
+		endAttr(b, data)
 	case len(e.val) > 0:
-		parts = append(parts, t.inner(unix.NFTA_SET_ELEM_DATA, attr(unix.NFTA_DATA_VALUE, e.val)))
+		b = appendData(b, unix.NFTA_SET_ELEM_DATA, e.val)
 	}
 	if e.timeout > 0 {
 		ms := max(e.timeout.Milliseconds(), 1)
-		parts = append(parts, attr(unix.NFTA_SET_ELEM_TIMEOUT, binary.BigEndian.AppendUint64(nil, uint64(ms))))
+		var eight [8]byte
+		binary.BigEndian.PutUint64(eight[:], uint64(ms))
+		b = appendAttr(b, unix.NFTA_SET_ELEM_TIMEOUT, eight[:]...)
 	}
-	elems := []netlink.Attribute{t.inner(attrListElem, parts...)}
+	endAttr(b, elem)
 	if plainRange && len(e.end) > 0 {
-		elems = append(elems, t.inner(attrListElem,
-			t.inner(unix.NFTA_SET_ELEM_KEY, attr(unix.NFTA_DATA_VALUE, e.end)),
-			attr(unix.NFTA_SET_ELEM_FLAGS, be32(unix.NFT_SET_ELEM_INTERVAL_END))))
+		b, elem = beginAttr(b, attrListElem)
+		b = appendData(b, unix.NFTA_SET_ELEM_KEY, e.end)
+		b = appendAttr32(b, unix.NFTA_SET_ELEM_FLAGS, unix.NFT_SET_ELEM_INTERVAL_END)
+		endAttr(b, elem)
 	}
-	return elems
+	return b
 }
+
+// appendData adds a value as nf_tables wants it: an attribute in an attribute.
+func appendData(b []byte, kind uint16, value []byte) []byte {
+	b, at := beginAttr(b, kind)
+	b = appendAttr(b, unix.NFTA_DATA_VALUE, value...)
+	endAttr(b, at)
+	return b
+}
+
+// beginAttr opens an attribute that holds others, until endAttr.
+func beginAttr(b []byte, kind uint16) ([]byte, int) {
+	b = binary.NativeEndian.AppendUint16(b, 0)
+	return binary.NativeEndian.AppendUint16(b, kind|nested), len(b) - 2
+}
+
+func endAttr(b []byte, at int) { binary.NativeEndian.PutUint16(b[at:], uint16(len(b)-at)) }
 
 // addRule appends a rule to a chain, with its anonymous sets.
 func (t *transaction) addRule(chain string, r rule) {

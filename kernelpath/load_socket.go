@@ -77,7 +77,11 @@ func (s *socket) commit(t *transaction) error {
 		return nil
 	}
 	begin := s.seq
-	out := appendMessage(nil, unix.NFNL_MSG_BATCH_BEGIN, unix.NLM_F_REQUEST, begin, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES, nil)
+	size := 2 * (unix.NLMSG_HDRLEN + 4)
+	for i := range t.msgs {
+		size += unix.NLMSG_HDRLEN + 4 + len(t.msgs[i].data)
+	}
+	out := appendMessage(make([]byte, 0, size), unix.NFNL_MSG_BATCH_BEGIN, unix.NLM_F_REQUEST, begin, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES, nil)
 	for i, m := range t.msgs {
 		flags := unix.NLM_F_REQUEST | int(m.flags)
 		if i == len(t.msgs)-1 {

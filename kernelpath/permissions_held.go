@@ -128,10 +128,7 @@ func (h *holders) touch(k slotKey) {
 // conflict is refused, and what there was of it is released.
 func (h *holders) take(c *change, now time.Time) {
 	id := c.permission.ID
-	slots, err := slotsOf(c.permission)
-	if have := h.withMaps(slots); len(have) < len(slots) {
-		slots, err = have, nat.ErrNoRule
-	}
+	slots, err := h.slotsFor(c.permission)
 	if h.takeMapped(c, slots, err, func(p nat.Permission) { h.gates.open(p, now) }) {
 		return
 	}
@@ -178,6 +175,18 @@ func (h *holders) take(c *change, now time.Time) {
 	if len(keys) > 0 {
 		h.byID[id] = keys
 	}
+}
+
+// slotsFor are the slots of a permission in the sets and maps that there are.
+func (h *holders) slotsFor(p nat.Permission) ([]slot, error) {
+	if isMapping(p) && h.outMaps[h.mapped.namesOf(p.Leaves).out] {
+		return h.slotsOfMapped(recordOf(p)), nil
+	}
+	slots, err := slotsOf(p)
+	if have := h.withMaps(slots); len(have) < len(slots) {
+		return have, nat.ErrNoRule
+	}
+	return slots, err
 }
 
 // releaseAll takes a permission out of its slots. What lingers does so from

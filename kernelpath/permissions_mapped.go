@@ -3,6 +3,8 @@ package kernelpath
 import (
 	"net/netip"
 
+	"github.com/google/nftables/expr"
+
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/nat"
 )
@@ -33,19 +35,73 @@ func (r mappedRecord) permission(id uint64) nat.Permission {
 	}
 }
 
-// slotsOfMapped are its elements, in the maps that there are.
-func (h *holders) slotsOfMapped(id uint64, r mappedRecord) []slot {
-	slots, err := slotsOf(r.permission(id))
-	if err != nil {
-		return nil // it was checked
+// mapNames are the sets that a mapping of a network rule is in.
+type mapNames struct{ permit, bind, out, known string }
+
+func (m *mappings) namesOf(rule string) mapNames {
+	n, ok := m.names[rule]
+	if !ok {
+		n = mapNames{setPermitAny(ipv4), mapBind(ipv4), mapOut(rule), setKnown(rule)}
+		if m.names == nil {
+			m.names = map[string]mapNames{}
+		}
+		m.names[rule] = n
 	}
-	return h.withMaps(slots)
+	return n
+}
+
+// isMapping says whether slotsOfMapped gives all that slotsOf does.
+func isMapping(p nat.Permission) bool {
+	return p.Mapped && p.Multiple && p.ID != 0 && p.Leaves != "" && p.Direction == nat.Inbound && p.Timeout == 0 && len(p.Sources) == 0 &&
+		!p.ToUser && !p.OneWay && !p.FromGateway && (p.Proto.HasPorts() || p.Proto == flow.ICMP && !p.AnySource) &&
+		p.Client.Addr().Is4() && p.External.Addr().Is4() && p.Client.Port() != 0 && p.External.Port() != 0 && p.Client != p.External
+}
+
+// slotsOfMapped are the elements of a mapping, in the maps that there are. They
+// are what slotsOf gives, without the words; a first packet waits for them. The
+// slice is good until the next call.
+func (h *holders) slotsOfMapped(r mappedRecord) []slot {
+	m := &h.mapped
+	m.scratch = m.scratch[:0]
+	b := make([]byte, 0, 2*(12+8)) // an address and a port, each padded; twice with the protocol between them
+	socket := func(addr [4]byte, port uint16, proto bool) []byte {
+		at := len(b)
+		b = append(b, addr[:]...)
+		if proto {
+			b = append(b, byte(r.proto), 0, 0, 0)
+		}
+		b = append(b, byte(port>>8), byte(port), 0, 0)
+		return b[at:len(b):len(b)]
+	}
+	inside, external := socket(r.inside, r.ports[0], true), socket(r.external, r.ports[1], true)
+	put := func(set string, key, val []byte) *slot {
+		m.scratch = append(m.scratch, slot{set: set, elem: element{key: key, val: val}})
+		return &m.scratch[len(m.scratch)-1]
+	}
+	names := m.namesOf(r.rule)
+	if r.proto.HasPorts() {
+		if r.any {
+			use := chainUseMapped
+			if r.peersOnly {
+				use = chainUsePeer
+			}
+			put(names.permit, external, nil).elem.verdict = &expr.Verdict{Kind: expr.VerdictGoto, Chain: use}
+		}
+		put(names.bind, external, socket(r.inside, r.ports[0], false))
+	}
+	if h.outMaps[names.out] {
+		put(names.out, inside, socket(r.external, r.ports[1], false))
+		put(names.known, inside, nil)
+	}
+	return m.scratch
 }
 
 // mappings are the records, and those of the running transaction.
 type mappings struct {
 	held    map[uint64]mappedRecord
 	touched map[uint64]mappedChange
+	names   map[string]mapNames // of network rules
+	scratch []slot              // for slotsOfMapped
 }
 
 // mappedChange is one mapping before the transaction. newest is what a removal
@@ -95,7 +151,7 @@ func (h *holders) takeMapped(c *change, slots []slot, err error, open func(nat.P
 	}
 	if err == nil {
 		for _, s := range slots {
-			if other := h.get(s.at()); !c.remove && other != nil && !other.slot.same(s) {
+			if !c.remove && h.holds(&s) && !h.get(s.at()).slot.same(s) {
 				err = nat.ErrConflict
 			}
 		}
@@ -124,7 +180,7 @@ func (h *holders) takeMapped(c *change, slots []slot, err error, open func(nat.P
 func (h *holders) changeMapped(gone, fresh map[string][]element) {
 	add := func(to map[string][]element, slots []slot) {
 		for _, s := range slots {
-			if h.get(s.at()) == nil {
+			if !h.holds(&s) {
 				to[s.set] = append(to[s.set], s.elem)
 			}
 		}
@@ -133,12 +189,12 @@ func (h *holders) changeMapped(gone, fresh map[string][]element) {
 		now, holds := h.mapped.held[id]
 		switch {
 		case c.had:
-			add(gone, h.slotsOfMapped(id, c.before))
+			add(gone, h.slotsOfMapped(c.before))
 		case !holds || !h.known:
-			add(gone, h.slotsOfMapped(id, c.newest))
+			add(gone, h.slotsOfMapped(c.newest))
 		}
 		if holds {
-			add(fresh, h.slotsOfMapped(id, now))
+			add(fresh, h.slotsOfMapped(now))
 		}
 	}
 }
@@ -146,10 +202,10 @@ func (h *holders) changeMapped(gone, fresh map[string][]element) {
 // touchedMapped are the slots of the running transaction that nobody else holds.
 func (h *holders) touchedMapped() []slot {
 	var slots []slot
-	for id, c := range h.mapped.touched {
-		slots = append(slots, h.slotsOfMapped(id, c.newest)...)
+	for _, c := range h.mapped.touched {
+		slots = append(slots, h.slotsOfMapped(c.newest)...)
 		if c.had {
-			slots = append(slots, h.slotsOfMapped(id, c.before)...)
+			slots = append(slots, h.slotsOfMapped(c.before)...)
 		}
 	}
 	return h.unheld(slots)

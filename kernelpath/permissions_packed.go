@@ -54,6 +54,15 @@ func (h *holders) has(k slotKey) bool {
 	return ok
 }
 
+// holds is has for the slot.
+func (h *holders) holds(s *slot) bool {
+	if len(s.elem.end) > 0 {
+		return h.has(s.at())
+	}
+	_, ok := h.slots[slotKey{s.set, string(s.elem.key)}] // makes no string
+	return ok
+}
+
 // says is what its key does not say: the value, or the chain of the verdict.
 func (s slot) says() string {
 	if s.elem.verdict != nil {

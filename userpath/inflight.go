@@ -43,7 +43,7 @@ type inflight struct {
 	open   bool // came by a fail-open queue
 	born   time.Duration
 	ctx    decideContext
-	queues *Queues // whose it is, once it is dialled
+	queues *Queues // whose it is, once it is dialled or is answered later
 
 	stage    stage
 	dialling bool

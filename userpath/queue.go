@@ -39,6 +39,10 @@ type QueueConfig struct {
 	// DecideNow judges a first packet where it is read, if that can be done
 	// without waiting; what is not ok goes to Decide. nil: everything does.
 	DecideNow func(flow.Packet) (path flow.Path, ok bool)
+	// DecideLater judges what DecideNow does not, if that takes the kernel's word
+	// alone: it does not wait, and the answer comes when it is there. false: it is
+	// Decide's. nil: everything is.
+	DecideLater func(flow.Packet, engine.Waiting) (ok bool)
 	// Segments is for rules that queue every packet of a flow: then TCP segments
 	// that do not open a connection are shown to DecideNow, too, and dropped if
 	// it has no answer. Else they are dropped at once.
@@ -148,6 +152,7 @@ func OpenQueues(c QueueConfig) (*Queues, error) {
 	}
 	q := &Queues{cfg: c, table: newTable(c.MaxFlows), ctx: context.Background()}
 	q.abandon = func(t *engine.Takeover, reason string) { t.Ended(flow.Counts{}, flow.Failed, reason) }
+	q.answered.kick = make(chan struct{}, 1)
 	q.pool = pool{limit: c.Workers, refuse: q.refuse}
 	if err := q.findNamespace(); err != nil {
 		return nil, fmt.Errorf("open queues: %w", err)
@@ -248,6 +253,7 @@ func (q *Queues) Run(ctx context.Context) error {
 	}
 	loops.Go(func() { q.sweepLoop(ctx.Done()) })
 	loops.Go(func() { q.watchLoop(ctx.Done()) })
+	loops.Go(func() { q.releaseLoop(ctx.Done()) })
 	<-ctx.Done()
 	for _, x := range q.queues {
 		x.sock.Load().close()

@@ -131,16 +131,48 @@ func (f *inflight) Answer(p flow.Path) {
 	q := f.queues
 	q.dials.Add(-1)
 	if release, _ := f.settle(p); release {
-		q.answered.mu.Lock()
-		q.answered.flows = append(q.answered.flows, f)
-		q.answered.mu.Unlock()
+		q.answered.add(f)
 	}
 	q.dialling.Done()
 }
 
-// Release implements Held.
-func (f *inflight) Release() {
+// later is a flow whose answer DecideLater gives.
+type later inflight
+
+// Answer implements engine.Waiting. Who gives answers gives many at a time, and
+// has other things to do than to carry packets: releaseLoop does that.
+func (l *later) Answer(p flow.Path) (inTime bool) {
+	f := (*inflight)(l)
 	q := f.queues
+	q.count.decisions.Add(1)
+	release, late := f.settle(p)
+	if release {
+		q.answered.add(f)
+		select {
+		case q.answered.kick <- struct{}{}:
+		default:
+		}
+	}
+	return !late
+}
+
+// releaseLoop releases the flows that were answered later.
+func (q *Queues) releaseLoop(stop <-chan struct{}) {
+	for {
+		select {
+		case <-stop:
+			return
+		case <-q.answered.kick:
+			q.releaseAnswered()
+		}
+	}
+}
+
+// Release implements Held.
+func (f *inflight) Release() { f.queues.releaseAnswered() }
+
+// releaseAnswered sends the verdicts of all answers that were given so far.
+func (q *Queues) releaseAnswered() {
 	q.answered.mu.Lock()
 	flows := q.answered.flows
 	q.answered.flows, q.answered.spare = q.answered.spare[:0], nil
@@ -155,12 +187,19 @@ func (f *inflight) Release() {
 	q.answered.mu.Unlock()
 }
 
-// answered are the flows whose dials have ended and whose packets have not
-// gone yet.
+// answered are the flows that have their answers and whose packets have not gone
+// yet.
 type answered struct {
 	mu    sync.Mutex
 	flows []*inflight
-	spare []*inflight // room for the next ones
+	spare []*inflight   // room for the next ones
+	kick  chan struct{} // holds one: releaseLoop has something to do
+}
+
+func (a *answered) add(f *inflight) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.flows = append(a.flows, f)
 }
 
 // decideContext is the context of one decision. Most decisions never ask for

@@ -201,7 +201,10 @@ func (r *reader) packet(body []byte) {
 	f, what, path := r.q.table.arrive(p, h, open, r.now, r.q.cfg.MaxHeld)
 	switch what {
 	case arrivalNew:
-		r.ask(f)
+		f.queues = r.q
+		if r.q.cfg.DecideLater == nil || !r.q.cfg.DecideLater(p, (*later)(f)) {
+			r.ask(f)
+		}
 	case arrivalHeld:
 		r.q.count.held.Add(1)
 	case arrivalAnswered:

@@ -213,7 +213,7 @@ func (g *gateway) queueConfig() userpath.QueueConfig {
 		FirstOpen: q.FirstOpen(), NumberOpen: int(q.Number),
 		FirstHolding: q.FirstHolding(), NumberHolding: int(q.Number),
 		Marks: g.bits, Logger: g.log.Named("queue"), Length: q.Length, DecideWithin: q.Answer(),
-		Decide: g.engine.Decide, DecideNow: g.engine.DecideNow, Takeovers: takeovers{g.tcp, g.udp}, IfaceName: g.ifaceName,
+		Decide: g.engine.Decide, DecideNow: g.engine.DecideNow, DecideLater: g.engine.DecideLater, Takeovers: takeovers{g.tcp, g.udp}, IfaceName: g.ifaceName,
 	}
 }
 
