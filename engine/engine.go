@@ -77,6 +77,7 @@ type Engine struct {
 	overtaken overtaken
 	mappings  mappings
 	tasks     tasks
+	waits     waits
 	leaks     leaks
 
 	wide   atomic.Bool // a filter asks for flows of rules that do not name it

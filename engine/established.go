@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"context"
 	"errors"
 	"time"
 
@@ -53,8 +52,8 @@ func (e *Engine) tellEstablished(c *connection) {
 		return
 	}
 	h := c.perm.notify
-	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
-	defer cancel()
+	ctx := within(lastWords)
+	defer ctx.End()
 	_, err := ask(ctx, e.code(h.r, kindNames[filterapi.Established], c), func() (struct{}, error) {
 		return struct{}{}, h.a.filter.HandleEvent(ctx, &filterapi.EstablishedEvent{
 			Connection: c.handle(h.r), Proto: c.tuple.Proto, Context: c.perm.context,

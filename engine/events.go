@@ -60,7 +60,7 @@ func (e *Engine) notify(ctx context.Context, c *connection, kind filterapi.Event
 
 // notifyExcept is notify for all filters but one.
 func (e *Engine) notifyExcept(ctx context.Context, c *connection, kind filterapi.EventMask, except *registered, event eventFor) error {
-	var within context.Context
+	var handlers *Deadline
 	for _, r := range e.filters {
 		if r == except {
 			continue
@@ -68,12 +68,11 @@ func (e *Engine) notifyExcept(ctx context.Context, c *connection, kind filterapi
 		if _, ok := bound(c.session.wants(r), kind, r.filter.Name(), c.uses, c.secondary); !ok {
 			continue
 		}
-		if within == nil {
-			var cancel context.CancelFunc
-			within, cancel = forHandlers(ctx)
-			defer cancel()
+		if handlers == nil {
+			handlers = forHandlers(ctx)
+			defer handlers.End()
 		}
-		if err := e.deliver(within, c, r, kind, event); err != nil {
+		if err := e.deliver(handlers, c, r, kind, event); err != nil {
 			return fmt.Errorf("filter %q: %w", r.filter.Name(), err)
 		}
 		if c.isDenied() {
@@ -88,13 +87,16 @@ var errDeniedByFilter = errors.New("denied")
 // forHandlers is the time that the handlers of an event have together: three
 // quarters of what is left. In the rest the flow of a filter that fails open
 // can still be decided.
-func forHandlers(ctx context.Context) (context.Context, context.CancelFunc) {
+func forHandlers(ctx context.Context) *Deadline {
 	end, ok := ctx.Deadline()
 	if !ok {
-		return ctx, func() {}
+		return &Deadline{Parent: ctx, At: time.Now().Add(never)}
 	}
-	return context.WithDeadline(ctx, end.Add(-time.Until(end)/4))
+	return &Deadline{Parent: ctx, At: end.Add(-time.Until(end) / 4)}
 }
+
+// never is longer than anything waits.
+const never = 100 * 365 * 24 * time.Hour
 
 // deliver gives one event to one filter. Its error means that the flow is
 // refused. When the time is over nobody is called any more, so that a handler
@@ -148,8 +150,8 @@ const lastWords = 5 * time.Second
 
 // terminating tells the filters that saw the connection that it is over.
 func (e *Engine) terminating(c *connection) {
-	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
-	defer cancel()
+	ctx := within(lastWords)
+	defer ctx.End()
 	for _, h := range c.heard() {
 		_, err := ask(ctx, e.code(h.r, kindNames[filterapi.Terminating], c), func() (struct{}, error) {
 			return struct{}{}, h.a.filter.HandleEvent(ctx, &filterapi.TerminatingEvent{Connection: c.handle(h.r)})
@@ -168,8 +170,8 @@ func (e *Engine) detach(r *registered, sf filterapi.SessionFilter) {
 	if sf == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
-	defer cancel()
+	ctx := within(lastWords)
+	defer ctx.End()
 	if _, err := ask(ctx, e.code(r, "Detach", nil), func() (struct{}, error) { sf.Detach(); return struct{}{}, nil }); err != nil {
 		r.log.Error("detach failed", zap.Error(err))
 	}
@@ -177,8 +179,8 @@ func (e *Engine) detach(r *registered, sf filterapi.SessionFilter) {
 
 // shutdown ends a filter.
 func (e *Engine) shutdown(r *registered) {
-	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
-	defer cancel()
+	ctx := within(lastWords)
+	defer ctx.End()
 	if _, err := ask(ctx, e.code(r, "Shutdown", nil), func() (struct{}, error) { r.filter.Shutdown(); return struct{}{}, nil }); err != nil {
 		r.log.Error("shutdown failed", zap.Error(err))
 	}

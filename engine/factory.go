@@ -303,13 +303,13 @@ func (e *Engine) manufacture(ctx context.Context, c *connection) error {
 	if len(made) == 0 {
 		return nil
 	}
-	ctx, cancel := forHandlers(ctx)
-	defer cancel()
+	handlers := forHandlers(ctx)
+	defer handlers.End()
 	for _, f := range made {
 		if !f.concerns(c) {
 			continue
 		}
-		if err := e.attachMade(ctx, c, f); err != nil {
+		if err := e.attachMade(handlers, c, f); err != nil {
 			f.r.failed("data filter factory", err, c)
 			if f.r.mode != filterapi.FailOpen {
 				return fmt.Errorf("filter %q: %w", f.r.filter.Name(), err)

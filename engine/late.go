@@ -44,24 +44,25 @@ func ask[T any](ctx context.Context, k *code, f func() (T, error)) (T, error) {
 		value T
 		err   error
 	}
-	done := make(chan result, 1)
+	res := &result{}
+	w := k.e.waits.begin(ctx)
 	go func() {
-		var res result
-		defer func() {
-			done <- res
-			k.answered()
+		func() {
+			defer recovered(&res.err)
+			res.value, res.err = f()
 		}()
-		defer recovered(&res.err)
-		res.value, res.err = f()
+		if !w.over(true) {
+			k.answered()
+		}
 	}()
-	select {
-	case res := <-done:
+	inTime := <-w.inTime
+	k.e.waits.end(w, inTime)
+	if inTime {
 		return res.value, res.err
-	case <-ctx.Done():
-		k.missed()
-		var zero T
-		return zero, fmt.Errorf("%w: %w", errLate, ctx.Err())
 	}
+	k.missed()
+	var zero T
+	return zero, fmt.Errorf("%w: %w", errLate, ctx.Err())
 }
 
 // missed says that somebody does not wait any more.

@@ -231,6 +231,9 @@ func (e *Engine) attach(ctx context.Context, s *session, r *registered) (*attach
 		go e.attachNow(s, r, a)
 	}
 	s.mu.Unlock()
+	if a.done() {
+		return a, a.err
+	}
 	select {
 	case <-a.ready:
 		return a, a.err

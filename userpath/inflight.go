@@ -5,6 +5,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/sluicegw/sluice/engine"
 	"github.com/sluicegw/sluice/flow"
 )
 
@@ -42,7 +43,7 @@ type inflight struct {
 	shard  *shard
 	open   bool // came by a fail-open queue
 	born   time.Duration
-	ctx    decideContext
+	ctx    engine.Deadline
 	queues *Queues // whose it is, once it is dialled or is answered later
 
 	stage    stage

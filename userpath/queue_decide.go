@@ -53,10 +53,10 @@ func (q *Queues) judge(f *inflight) (release bool) {
 	if !f.waiting() {
 		return false
 	}
-	f.ctx.parent = q.ctx
-	f.ctx.deadline = q.table.start.Add(f.born + q.cfg.DecideWithin)
+	f.ctx.Parent = q.ctx
+	f.ctx.At = q.table.start.Add(f.born + q.cfg.DecideWithin)
 	d := q.cfg.Decide(&f.ctx, f.packet)
-	f.ctx.end()
+	f.ctx.End()
 	q.count.decisions.Add(1)
 	if q.table.now()-f.born >= q.cfg.DecideWithin {
 		return q.tooLate(f, d.Takeover)
@@ -200,71 +200,4 @@ func (a *answered) add(f *inflight) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.flows = append(a.flows, f)
-}
-
-// decideContext is the context of one decision. Most decisions never ask for
-// more than that it is there, so that its timer and channel are made only when
-// somebody calls Done. It lives in its flow and costs nothing of its own.
-type decideContext struct {
-	parent   context.Context
-	deadline time.Time
-
-	mu     sync.Mutex
-	ended  bool
-	real   context.Context
-	cancel context.CancelFunc
-}
-
-// Deadline implements context.Context.
-func (c *decideContext) Deadline() (time.Time, bool) { return c.deadline, true }
-
-// Done implements context.Context.
-func (c *decideContext) Done() <-chan struct{} {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.real == nil {
-		c.real, c.cancel = context.WithDeadline(c.parent, c.deadline)
-		if c.ended {
-			c.cancel()
-		}
-	}
-	return c.real.Done()
-}
-
-// Err implements context.Context.
-func (c *decideContext) Err() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	switch {
-	case c.real != nil:
-		return c.real.Err()
-	case c.ended:
-		return context.Canceled
-	case c.parent.Err() != nil:
-		return c.parent.Err()
-	case !time.Now().Before(c.deadline):
-		return context.DeadlineExceeded
-	}
-	return nil
-}
-
-// Value implements context.Context. The real context answers when there is
-// one: the context package recognises its own kind by a value.
-func (c *decideContext) Value(key any) any {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.real != nil {
-		return c.real.Value(key)
-	}
-	return c.parent.Value(key)
-}
-
-// end cancels the context: the decision was made.
-func (c *decideContext) end() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.ended = true
-	if c.cancel != nil {
-		c.cancel()
-	}
 }

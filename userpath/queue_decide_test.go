@@ -104,33 +104,6 @@ func TestQueueStop(t *testing.T) {
 	}
 }
 
-func TestDecideContext(t *testing.T) {
-	parent, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	c := &decideContext{parent: parent, deadline: time.Now().Add(time.Hour)}
-	if c.Err() != nil {
-		t.Fatal(c.Err())
-	}
-	child, stop := context.WithTimeout(c, 2*time.Hour)
-	defer stop()
-	if at, ok := child.Deadline(); !ok || !at.Equal(c.deadline) {
-		t.Fatalf("the child may live until %v", at)
-	}
-	c.end()
-	<-child.Done()
-	if !errors.Is(c.Err(), context.Canceled) {
-		t.Fatal(c.Err())
-	}
-	past := &decideContext{parent: parent, deadline: time.Now().Add(-time.Second)}
-	if !errors.Is(past.Err(), context.DeadlineExceeded) {
-		t.Fatal(past.Err())
-	}
-	<-past.Done()
-	never := &decideContext{parent: parent, deadline: time.Now().Add(time.Hour)}
-	cancel()
-	<-never.Done()
-}
-
 func TestOpenQueuesFailsWhenTaken(t *testing.T) {
 	l := newQueueLab(t, false)
 	l.start(QueueConfig{Decide: always(flow.Kernel)})

@@ -6,9 +6,12 @@ import (
 	"time"
 )
 
-// lateAfter is how long one worker may take for a batch before what is left of
-// it goes to others: a filter that thinks must not delay its neighbours.
+// lateAfter is how long one worker may take for a flow before what is left of its
+// batch goes to others: a filter that thinks must not delay its neighbours.
 const lateAfter = 500 * time.Microsecond
+
+// answersWait is how long the answers of a batch may wait for each other.
+const answersWait = 250 * time.Microsecond
 
 // maxBacklog bounds the batches that wait because every worker is busy.
 const maxBacklog = 4096
@@ -23,6 +26,7 @@ type batch struct {
 	// refs counts who may still touch the batch: its worker and its timer.
 	refs  atomic.Int32
 	timer *time.Timer
+	seen  int32 // next, when the timer came the last time
 
 	mu       sync.Mutex
 	answered []*inflight
@@ -56,55 +60,68 @@ func (b *batch) take() *inflight {
 	return nil
 }
 
-// run judges the flows of the batch and releases them together.
+// run judges the flows of the batch and releases them together, unless that takes
+// long.
 func (b *batch) run() {
 	b.refs.Store(2)
+	b.seen = 0
 	if b.n > 1 {
 		b.timer.Reset(lateAfter)
 	}
+	from := b.q.table.now()
 	for f := b.take(); f != nil; f = b.take() {
-		if b.q.judge(f) {
-			b.mu.Lock()
-			b.answered = append(b.answered, f)
-			b.mu.Unlock()
+		if !b.q.judge(f) {
+			continue
+		}
+		b.mu.Lock()
+		b.answered = append(b.answered, f)
+		b.mu.Unlock()
+		if now := b.q.table.now(); now-from > answersWait {
+			from = now
+			b.send()
 		}
 	}
-	mine := int32(1)
+	b.send()
 	if b.n == 1 || b.timer.Stop() {
-		mine = 2 // the timer will not come
+		b.unref(2) // the timer will not come
+	} else {
+		b.unref(1)
 	}
-	b.mu.Lock()
-	answered := b.answered
-	if mine == 1 {
-		// overtake may still run: it must not see a slice that release uses.
-		b.answered = make([]*inflight, 0, drainMax)
-	}
-	b.mu.Unlock()
-	if len(answered) > 0 {
-		b.q.release(answered...)
-	}
-	clear(answered)
-	if mine == 2 {
-		b.answered = answered[:0]
-	}
-	b.unref(mine)
 }
 
-// overtake runs when the worker of the batch takes long: the answers so far
-// go out, and each flow that is left gets a worker of its own.
-func (b *batch) overtake() {
+// send releases the flows that were answered so far.
+func (b *batch) send() {
 	b.mu.Lock()
-	answered := append([]*inflight(nil), b.answered...)
-	b.answered = b.answered[:0]
+	list := b.answered
+	b.answered = nil
 	b.mu.Unlock()
+	if len(list) == 0 {
+		return
+	}
+	b.q.release(list...)
+	clear(list)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.answered == nil {
+		b.answered = list[:0]
+	}
+}
+
+// overtake runs every lateAfter while a worker has the batch. If that is still at
+// the same flow, the answers so far go out, and each flow that is left gets a
+// worker of its own.
+func (b *batch) overtake() {
+	if next := b.next.Load(); next != b.seen && int(next) < b.n {
+		b.seen = next
+		b.timer.Reset(lateAfter)
+		return
+	}
 	for f := b.take(); f != nil; f = b.take() {
 		one := b.q.newBatch()
 		one.jobs[0], one.n = f, 1
 		b.q.pool.hand(one)
 	}
-	if len(answered) > 0 {
-		b.q.release(answered...)
-	}
+	b.send()
 	b.unref(1)
 }
 
