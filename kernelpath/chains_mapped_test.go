@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/sluicegw/sluice/flow"
 	"github.com/sluicegw/sluice/nat"
@@ -118,10 +117,17 @@ func TestMappedPeers(t *testing.T) {
 	wantDatagram(t, client, "known again")
 }
 
-// Flows that are translated are told when they begin, as long as somebody wants
-// that.
+// Conntrack tells of flows that begin, as long as somebody wants that, where
+// filtering goes by whom an endpoint has sent to; of other flows of a known endpoint
+// it tells the end alone.
 func TestWatchFirsts(t *testing.T) {
-	j, table := newMapped(t, policy.FilterAddressAndPort)
+	for filtering, told := range map[policy.Filtering]bool{policy.FilterAddress: true, policy.FilterAddressAndPort: false} {
+		t.Run(map[bool]string{true: "told", false: "untold"}[told], func(t *testing.T) { watchFirsts(t, filtering, told) })
+	}
+}
+
+func watchFirsts(t *testing.T, filtering policy.Filtering, told bool) {
+	j, table := newMapped(t, filtering)
 	j.gw.sh(conntrackOn)
 	begun, ended := make(chan KernelFlow, 10), make(chan KernelFlow, 10)
 	w := made(j.gw, func() (*Watch, error) {
@@ -129,8 +135,8 @@ func TestWatchFirsts(t *testing.T) {
 	})
 	w.OnFirst(func(f KernelFlow) { begun <- f })
 	await(t, w.Run)
-	p := mappingOf(false)
-	p.AnySource = false
+	p := mappingOf(told)
+	p.AnySource = told
 	install(t, table, p)
 	client, server := openUDP(t, j.client, "10.0.0.2:5000"), openUDP(t, j.server, "203.0.113.10:53")
 	other := openUDP(t, j.server, "203.0.113.11:53")
@@ -147,25 +153,24 @@ func TestWatchFirsts(t *testing.T) {
 	wantDatagram(t, plain, "a flow that no mapping has to do with")
 	send(t, client, to(other), "somebody does")
 	wantDatagram(t, other, "somebody does")
-	select {
-	case f := <-begun:
-		if f.Dst != to(other) || f.Src != p.Client || f.Translation.Src != p.External {
-			t.Errorf("begun: %+v", f)
+	check := func(f KernelFlow, at net.PacketConn) {
+		t.Helper()
+		if f.Dst != to(at) || f.Src != p.Client || at == other && f.Translation.Src != p.External {
+			t.Errorf("told: %+v", f)
 		}
-	case <-time.After(patient):
-		t.Error("nothing was told")
 	}
+	if told {
+		check(next(t, "beginning", begun), other)
+	}
+	j.gw.sh("conntrack -D -p udp --orig-port-dst 54")
+	check(next(t, "end", ended), plain)
+	j.gw.sh("conntrack -D -p udp --orig-dst 203.0.113.11")
+	check(next(t, "end", ended), other)
 	if err := w.Firsts(false); err != nil {
 		t.Fatal(err)
 	}
-	j.gw.sh("conntrack -D -p udp --orig-port-dst 54")
-	select {
-	case f := <-ended:
-		if f.Dst != to(plain) {
-			t.Errorf("ended: %+v", f)
-		}
-	case <-time.After(patient):
-		t.Error("its end was not told")
+	if len(begun) > 0 {
+		t.Errorf("told as well: %+v", <-begun)
 	}
 	if all, err := table.Leaving("out"); err != nil || len(all) != 1 || all[0].To != p.Client || all[0].Becomes != p.External {
 		t.Errorf("leaving: %+v, %v", all, err)

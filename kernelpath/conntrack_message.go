@@ -7,6 +7,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -194,6 +195,81 @@ func (r *rawReader) read() ([]byte, error) {
 		return nil, err
 	}
 	return r.buf[:max(r.n, 0)], r.err
+}
+
+// mmsghdr is struct mmsghdr of recvmmsg(2); its padding is Go's own.
+type mmsghdr struct {
+	hdr unix.Msghdr
+	len uint32
+}
+
+const (
+	// eventsMost is how many datagrams one system call takes.
+	eventsMost = 32
+	// eventRoom is for one: a conntrack event has some 300 bytes.
+	eventRoom = 4 << 10
+)
+
+// eventReader reads a netlink socket on which many datagrams come, into buffers
+// that it uses again: as many as there are in one system call.
+type eventReader struct {
+	raw   syscall.RawConn
+	heads [eventsMost]mmsghdr
+	iovs  [eventsMost]unix.Iovec
+	bufs  []byte
+	n     int
+	errno syscall.Errno
+	step  func(fd uintptr) bool
+}
+
+func newEventReader(c *netlink.Conn) (*eventReader, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, fmt.Errorf("reach the netlink socket: %w", err)
+	}
+	r := &eventReader{raw: raw, bufs: make([]byte, eventsMost*eventRoom)}
+	for i := range r.heads {
+		r.iovs[i].Base = &r.bufs[i*eventRoom]
+		r.iovs[i].SetLen(eventRoom)
+		r.heads[i].hdr.Iov = &r.iovs[i]
+		r.heads[i].hdr.SetIovlen(1)
+	}
+	r.step = func(fd uintptr) bool {
+		for {
+			n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&r.heads[0])), eventsMost, unix.MSG_DONTWAIT, 0, 0)
+			if errno == unix.EINTR {
+				continue
+			}
+			if r.n, r.errno = 0, errno; errno == 0 {
+				r.n = int(n)
+			}
+			return errno != unix.EAGAIN
+		}
+	}
+	return r, nil
+}
+
+// read waits for datagrams and gives their number. An error that waits in the
+// socket comes after the datagrams before it.
+func (r *eventReader) read() (int, error) {
+	r.n, r.errno = 0, 0
+	if err := r.raw.Read(r.step); err != nil {
+		return 0, err
+	}
+	if r.errno != 0 {
+		return 0, r.errno
+	}
+	return r.n, nil
+}
+
+// datagram is the ith; it is good until the next read. One that had no room is
+// empty.
+func (r *eventReader) datagram(i int) []byte {
+	if r.heads[i].hdr.Flags&unix.MSG_TRUNC != 0 {
+		return nil
+	}
+	at := i * eventRoom
+	return r.bufs[at : at+int(min(r.heads[i].len, eventRoom))]
 }
 
 // wireMessage is one netlink message in a buffer.

@@ -20,7 +20,7 @@ import (
 type beginnings struct {
 	marks flow.Marks
 	conn  *netlink.Conn
-	in    *rawReader
+	in    *eventReader
 	tell  atomic.Pointer[func(flow.Tuple)]
 
 	mu     sync.Mutex // held across joining and leaving
@@ -35,7 +35,7 @@ func newBeginnings(marks flow.Marks) (*beginnings, error) {
 		return nil, fmt.Errorf("open netfilter netlink socket: %w", err)
 	}
 	b := &beginnings{marks: marks, conn: conn}
-	if b.in, err = eventReader(conn, beginningsOnly(marks)); err != nil {
+	if b.in, err = openEvents(conn, beginningsOnly(marks)); err != nil {
 		conn.Close()
 		return nil, err
 	}

@@ -17,7 +17,7 @@ import (
 // beginnings; while it is in no group the kernel makes no such event for it.
 type firsts struct {
 	conn *netlink.Conn
-	in   *rawReader
+	in   *eventReader
 	tell atomic.Pointer[func(KernelFlow)]
 
 	mu     sync.Mutex // held across joining and leaving
@@ -32,7 +32,7 @@ func newFirsts(marks flow.Marks) (*firsts, error) {
 		return nil, fmt.Errorf("open netfilter netlink socket: %w", err)
 	}
 	f := &firsts{conn: conn}
-	if f.in, err = eventReader(conn, firstsOnly(marks)); err != nil {
+	if f.in, err = openEvents(conn, firstsOnly(marks)); err != nil {
 		conn.Close()
 		return nil, err
 	}

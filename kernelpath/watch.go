@@ -26,7 +26,7 @@ const watchBuffer = 32 << 20
 type Watch struct {
 	marks flow.Marks
 	conn  *netlink.Conn
-	in    *rawReader
+	in    *eventReader
 	ended func(KernelFlow)
 	lost  func()
 	begun *beginnings
@@ -72,7 +72,7 @@ func NewWatch(marks flow.Marks, ended func(KernelFlow), lost func()) (*Watch, er
 }
 
 func (w *Watch) prepare() (err error) {
-	if w.in, err = eventReader(w.conn, kernelFlowsOnly(w.marks)); err != nil {
+	if w.in, err = openEvents(w.conn, kernelFlowsOnly(w.marks)); err != nil {
 		return err
 	}
 	if err := w.conn.JoinGroup(groupDestroy); err != nil {
@@ -81,9 +81,9 @@ func (w *Watch) prepare() (err error) {
 	return nil
 }
 
-// eventReader makes a socket ready for the conntrack events that a filter keeps.
-func eventReader(conn *netlink.Conn, keep []bpf.Instruction) (*rawReader, error) {
-	in, err := newRawReader(conn, 64<<10)
+// openEvents makes a socket ready for the conntrack events that a filter keeps.
+func openEvents(conn *netlink.Conn, keep []bpf.Instruction) (*eventReader, error) {
+	in, err := newEventReader(conn)
 	if err != nil {
 		return nil, err
 	}
@@ -171,12 +171,12 @@ func (w *Watch) Run(ctx context.Context) error {
 }
 
 // readEvents reads a socket until ctx is over, and closes it.
-func readEvents(ctx context.Context, conn *netlink.Conn, in *rawReader, take func(datagram []byte), lost func()) error {
+func readEvents(ctx context.Context, conn *netlink.Conn, in *eventReader, take func(datagram []byte), lost func()) error {
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	for {
-		datagram, err := in.read()
+		n, err := in.read()
 		switch {
 		case ctx.Err() != nil:
 			return nil
@@ -184,8 +184,9 @@ func readEvents(ctx context.Context, conn *netlink.Conn, in *rawReader, take fun
 			lost()
 		case err != nil:
 			return fmt.Errorf("read conntrack events: %w", err)
-		default:
-			take(datagram)
+		}
+		for i := range n {
+			take(in.datagram(i))
 		}
 	}
 }

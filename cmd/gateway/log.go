@@ -20,7 +20,7 @@ func newLogger(c config.Log) (*zap.Logger, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := zapcore.Lock(os.Stderr)
+	out := &lines{out: os.Stderr}
 	if c.Format == "console" || c.Format == "auto" && isTerminal(os.Stderr) {
 		return zap.New(&console{LevelEnabler: level, out: out}), nil
 	}
