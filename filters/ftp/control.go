@@ -25,21 +25,23 @@ const (
 
 // control is the data filter of one control connection.
 //
-//	client ── read ──> commands ── server.out ── write ──> server
-//	client <─ write ── client.out ── replies <── read ───  server
+//	client ── read ──> commands ── server.out ── flush ──> server
+//	client <─ flush ── client.out ── replies <── read ───  server
 //
-// Four goroutines, one for each arrow at an end. The reader of the client is
-// the only one that takes commands, the reader of the server the only one that
-// takes replies. mu guards all fields below it and is never held across a call
-// to a socket or to the gateway.
+// Two goroutines, the reader of each end: that of the client is the only one
+// that takes commands, that of the server the only one that takes replies. What
+// an end is to get goes to its out, and whoever has put something there sends it
+// (flush), unless the other one is sending to that end just now and takes it
+// along: a command or a reply passes without waking anybody. mu guards all
+// fields below it and is never held across a call to a socket or to the gateway.
 //
 // When filtering ends, the readers stop, or wait in Recv until the gateway
-// calls them off, and the writers send what there is:
+// calls them off, and what there is to send is sent:
 //
 //	filtering --release--> released --nothing left to send--> handed
 //
-// In released a reader that receives passes it to the writer; in handed it
-// sends it itself, for there is nothing before it.
+// In released a reader that receives puts it into out; in handed it sends it
+// itself, for there is nothing before it.
 type control struct {
 	log     *zap.Logger
 	session filterapi.Session
@@ -52,7 +54,8 @@ type control struct {
 	published bool
 
 	mu       sync.Mutex
-	changed  sync.Cond
+	changed  sync.Cond // for the readers: there is room, or a reply, or the end
+	progress sync.Cond // for Pump: a reader is done, or filtering has ended
 	client   side
 	server   side
 	queue    []*exchange  // commands without a final reply, in order
@@ -76,17 +79,16 @@ type side struct {
 	in      []byte // received and not yet accounted for
 	out     []byte // to be sent to it
 	fin     bool   // out ends with a FIN
-	finSent bool   // its writer has sent that, or does so now
+	finSent bool   // that has been sent, or is now
 	eof     bool   // it has sent its FIN
 	inRecv  bool   // its reader waits for it
-	sending bool   // its writer waits for it
+	sending bool   // somebody sends to it
 	read    bool   // its reader is done
-	written bool   // its writer is done
 }
 
 func newControl(log *zap.Logger, s filterapi.Session, o *options, running *sync.WaitGroup) *control {
 	c := &control{log: log, session: s, opts: o, running: running}
-	c.changed.L = &c.mu
+	c.changed.L, c.progress.L = &c.mu, &c.mu
 	// The server speaks first: 220, or 120 and then 220 (RFC 959, 5.4).
 	c.queue = []*exchange{{verb: "greeting"}}
 	return c
@@ -106,17 +108,14 @@ func (c *control) Pump(ctx context.Context, conn filterapi.Connection, internal,
 
 	c.running.Go(func() { c.read(&c.client, &c.server, c.commands) })
 	c.running.Go(func() { c.read(&c.server, &c.client, c.replies) })
-	c.running.Go(func() { c.write(&c.client) })
-	c.running.Go(func() { c.write(&c.server) })
-
 	c.mu.Lock()
-	for !c.client.done() || !c.server.done() {
+	for !c.over() {
 		if !c.ended && c.released && c.client.idle() && c.server.idle() {
 			c.handed = true
 			c.changed.Broadcast()
 			break
 		}
-		c.changed.Wait()
+		c.progress.Wait()
 	}
 	void := c.takeAll()
 	cause, handed := c.cause, c.handed
@@ -131,8 +130,11 @@ func (c *control) Pump(ctx context.Context, conn filterapi.Connection, internal,
 	return errors.Join(internal.Close(false), external.Close(false))
 }
 
-// done: nobody is left who carries anything from or to s.
-func (s *side) done() bool { return s.read && s.written }
+// over: nobody is left who carries anything, and both ends are told so. mu is
+// held.
+func (c *control) over() bool {
+	return c.client.read && c.server.read && (c.ended || c.client.finSent && c.server.finSent)
+}
 
 // idle: nothing from or to s is in the filter's hands, but for what a Recv may
 // be about to return.
@@ -181,7 +183,9 @@ func (c *control) read(s, peer *side, take func()) {
 		case err == nil:
 			buf.Release()
 			take()
+			c.flush()
 		case errors.Is(err, io.EOF):
+			c.flush()
 			cancel(void...)
 			return
 		default:
@@ -216,7 +220,7 @@ func (c *control) mayReceive(s *side) bool {
 func (c *control) readerDone(s *side) {
 	c.mu.Lock()
 	s.read = true
-	c.changed.Broadcast()
+	c.progress.Signal()
 	c.mu.Unlock()
 }
 
@@ -237,15 +241,32 @@ func (c *control) endOf(s, peer *side) []*negotiation {
 	return void
 }
 
-// write is the writer of s: it sends out, then the FIN.
-func (c *control) write(s *side) {
-	for {
-		out, ok := c.toSend(s)
-		if !ok {
-			return
-		}
+// flush sends what both ends are to get.
+func (c *control) flush() {
+	c.mu.Lock()
+	c.send(&c.client)
+	c.send(&c.server)
+	if c.released {
+		c.progress.Signal()
+	}
+	c.mu.Unlock()
+}
+
+// send sends out, and then the FIN, to s. The other reader may be at it: then it
+// goes on with what is new. mu is held, but not across the calls.
+func (c *control) send(s *side) {
+	if s.sending {
+		return
+	}
+	for !c.ended && (len(s.out) > 0 || s.fin && !s.finSent) {
+		// The next hop owns what it gets, up to its capacity.
+		n := min(len(s.out), filterapi.DefaultStreamBuffer)
+		out := s.out[:n:n]
+		s.out = s.out[n:]
+		s.sending, s.finSent = true, n == 0
+		c.mu.Unlock()
 		var err error
-		if len(out) > 0 {
+		if n > 0 {
 			err = s.sock.Send(filterapi.NewBuffer(out, nil))
 		} else {
 			err = s.sock.Shutdown(false)
@@ -253,31 +274,10 @@ func (c *control) write(s *side) {
 		if err != nil {
 			c.fail(err)
 		}
-	}
-}
-
-// toSend waits for bytes to be sent to s; none: its FIN is due. false: the
-// writer is done.
-func (c *control) toSend(s *side) (out []byte, ok bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	defer c.changed.Broadcast()
-	if s.sending {
+		c.mu.Lock()
 		s.sending = false
-		c.changed.Broadcast()
+		c.changed.Broadcast() // there is room
 	}
-	for len(s.out) == 0 && !c.ended && !s.fin && !c.handed {
-		c.changed.Wait()
-	}
-	if c.ended || c.handed || s.finSent {
-		s.written = true
-		return nil, false
-	}
-	// The next hop owns what it gets, up to its capacity.
-	n := min(len(s.out), filterapi.DefaultStreamBuffer)
-	out, s.out = s.out[:n:n], s.out[n:]
-	s.sending, s.finSent = true, n == 0
-	return out, true
 }
 
 // release ends filtering for good: what is held goes out as it came, what
@@ -293,6 +293,7 @@ func (c *control) release() []*negotiation {
 	c.server.out = append(c.server.out, c.client.in...)
 	c.held, c.server.in, c.client.in, c.queue = nil, nil, nil, nil
 	c.changed.Broadcast()
+	c.progress.Signal()
 	return void
 }
 

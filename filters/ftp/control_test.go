@@ -1,8 +1,11 @@
 package ftp
 
 import (
+	"bytes"
 	"errors"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -355,11 +358,66 @@ func TestServerGoesWithRepliesOutstanding(t *testing.T) {
 // What was given to a socket is the next owner's, also the memory behind it.
 func TestSentBytesAreNotTouchedAgain(t *testing.T) {
 	c := newControl(nil, nil, nil, nil)
+	server := &keeper{}
+	c.server.sock = server
 	c.server.out = append(make([]byte, 0, 100), "first"...)
-	out, ok := c.toSend(&c.server)
+	c.flush()
 	c.server.out = append(c.server.out, "second"...)
-	_ = append(out, "changed"...)
-	if !ok || string(out) != "first" || string(c.server.out) != "second" {
-		t.Errorf("sent %q, to be sent %q", out, c.server.out)
+	for _, b := range server.got {
+		_ = append(b, "changed"...)
 	}
+	if len(server.got) != 1 || string(server.got[0]) != "first" || string(c.server.out) != "second" {
+		t.Errorf("sent %q, to be sent %q", server.got, c.server.out)
+	}
+}
+
+// keeper keeps what it is sent.
+type keeper struct {
+	filterapi.Socket
+	got [][]byte
+}
+
+func (k *keeper) Send(b *filterapi.Buffer) error {
+	k.got = append(k.got, b.Data)
+	return nil
+}
+
+// What one reader adds while the other one sends to the same end leaves behind
+// it, by the one that sends.
+func TestSenderTakesAlongWhatIsNew(t *testing.T) {
+	c := newControl(nil, nil, nil, nil)
+	client := &slow{sending: make(chan struct{}), let: make(chan struct{})}
+	c.client.sock = client
+	c.client.out = []byte("first")
+	done := make(chan struct{})
+	go func() {
+		c.flush()
+		close(done)
+	}()
+	<-client.sending
+	c.mu.Lock()
+	c.client.out = append(c.client.out, "second"...)
+	c.mu.Unlock()
+	c.flush() // does not wait
+	if len(client.got) != 0 {
+		t.Errorf("sent %q", client.got)
+	}
+	close(client.let)
+	<-done
+	if want := [][]byte{[]byte("first"), []byte("second")}; !slices.EqualFunc(client.got, want, bytes.Equal) {
+		t.Errorf("sent %q", client.got)
+	}
+}
+
+// slow takes its first buffer when it is let go.
+type slow struct {
+	keeper
+	sending, let chan struct{}
+	once         sync.Once
+}
+
+func (s *slow) Send(b *filterapi.Buffer) error {
+	s.once.Do(func() { close(s.sending) })
+	<-s.let
+	return s.keeper.Send(b)
 }

@@ -50,6 +50,7 @@ func (c *control) commands() {
 			return
 		}
 		c.command(cmd)
+		c.flush()
 	}
 }
 
@@ -143,6 +144,7 @@ func (c *control) replies() {
 			c.malformed(&c.server, err)
 			return
 		}
+		c.flush()
 	}
 }
 
