@@ -1,9 +1,7 @@
 package kernelpath
 
 import (
-	"errors"
 	"fmt"
-	"net/netip"
 
 	"github.com/google/nftables"
 
@@ -195,13 +193,8 @@ func stageKinds() []stageKind {
 //		meta nfproto ipv4 goto pair_1_2_other4
 //		goto discard
 //	}
-//	chain pair_1_2_ports4 {
-//		meta nfproto ipv4 meta l4proto . th dport vmap @p1_2_ports4_0
-//		meta nfproto ipv4 ip saddr . ip daddr . meta l4proto . th dport vmap @p1_2_ports4_1
-//		goto discard
-//	}
 //
-// rest is the chain for what no stage has.
+// rest is the chain for what no stage has. See stages for the others.
 func (b *builder) table(name, short string, t policy.Table, rest string, verdict boxVerdict) error {
 	top := b.chain(name)
 	var branches []branch
@@ -227,153 +220,4 @@ func (b *builder) table(name, short string, t policy.Table, rest string, verdict
 	top.rules = append(top.rules, others...)
 	top.add(goTo(rest))
 	return nil
-}
-
-// stages adds the lookups of one family and kind and says how many they are.
-func (b *builder) stages(chain, maps string, k stageKind, stages []policy.Stage, rest string, verdict boxVerdict) (int, error) {
-	match := append(rule{is(fieldNFProto, k.family.nfproto)}, k.match...)
-	if k.kind == policy.KindICMP {
-		match = append(match, is(fieldL4Proto, protoValue(k.family.icmp)))
-	}
-	n := 0
-	for _, s := range stages {
-		if s.Kind > policy.KindOther {
-			return 0, fmt.Errorf("stage of kind %d is unknown", s.Kind)
-		}
-		if s.Is6 != (k.family.number == ipv6.number) || s.Kind != k.kind || len(s.Boxes) == 0 {
-			continue
-		}
-		boxes, err := b.judge(k, s.Boxes, verdict)
-		if err != nil {
-			return 0, err
-		}
-		shape := shapeOf(k, boxes)
-		key := shape.key(k)
-		m := &set{
-			name: fmt.Sprintf("%s_%d", maps, n), key: fieldTypes(key), interval: !shape.exact,
-			data: []nftables.SetDatatype{nftables.TypeVerdict},
-		}
-		for _, x := range boxes {
-			e, err := boxElements(k, shape, x.Box, x.to)
-			if err != nil {
-				return 0, err
-			}
-			m.elems = append(m.elems, e...)
-		}
-		b.set(m)
-		if n == 0 {
-			b.chain(chain)
-		}
-		c := b.r.chains[len(b.r.chains)-1]
-		c.add(append(append(rule{}, match...), vmap(m.name, key...))...)
-		n++
-	}
-	if n > 0 && rest != "" {
-		b.r.chains[len(b.r.chains)-1].add(goTo(rest))
-	}
-	return n, nil
-}
-
-// shape is what the key of one stage looks like. A field that is anything in
-// every box is left out, and where few single values remain they are looked up
-// in a hash: both cost a new flow a fraction of a look-up of ranges.
-type shape struct {
-	src, dst bool // the key has the address
-	exact    bool // no ranges
-}
-
-// maxExact bounds the elements that the ranges of one stage become in a hash.
-const maxExact = 4096
-
-func shapeOf(k stageKind, boxes []judgedBox) shape {
-	s := shape{exact: k.kind == policy.KindPorts}
-	elements := 0
-	for _, x := range boxes {
-		s.src = s.src || x.Src.Bits() != 0
-		s.dst = s.dst || x.Dst.Bits() != 0
-		elements += len(singleProtos(k, x.Box)) * (int(x.Ports.Hi) - int(x.Ports.Lo) + 1)
-		single := func(p netip.Prefix) bool { return p.Bits() == 0 || p.IsSingleIP() }
-		if elements > maxExact || !single(x.Src) || !single(x.Dst) {
-			s.exact = false
-		}
-	}
-	for _, x := range boxes {
-		// Anything beside a single address is a range.
-		if s.src && x.Src.Bits() == 0 || s.dst && x.Dst.Bits() == 0 {
-			s.exact = false
-		}
-	}
-	if k.kind != policy.KindPorts {
-		s.dst = true // a key of ranges has two fields
-	}
-	return s
-}
-
-func (s shape) key(k stageKind) []field {
-	var key []field
-	if s.src {
-		key = append(key, k.family.saddr)
-	}
-	if s.dst {
-		key = append(key, k.family.daddr)
-	}
-	return append(key, k.last...)
-}
-
-// singleProtos are the protocols of a box of KindPorts.
-func singleProtos(k stageKind, x policy.Box) []flow.Proto {
-	var out []flow.Proto
-	for _, p := range k.protos {
-		if x.Protos[0] <= p && p <= x.Protos[1] {
-			out = append(out, p)
-		}
-	}
-	return out
-}
-
-// boxElements is one box of a stage: one element with a range in every field
-// of the key, or each of its values.
-func boxElements(k stageKind, s shape, x policy.Box, to stmt) ([]element, error) {
-	if !x.Src.IsValid() || !x.Dst.IsValid() || x.Src.Addr().Is4() != x.Dst.Addr().Is4() ||
-		x.Src.Addr().Is4() != (k.family.number == ipv4.number) {
-		return nil, fmt.Errorf("box from %s to %s is not in its family", x.Src, x.Dst)
-	}
-	if x.Protos[0] > x.Protos[1] || x.Ports.Lo > x.Ports.Hi {
-		return nil, errors.New("box with an empty range")
-	}
-	if k.kind == policy.KindICMP && x.Ports.Hi > 255 {
-		return nil, fmt.Errorf("icmp type %d does not exist", x.Ports.Hi)
-	}
-	var addrs []extent
-	address := prefixExtent
-	if s.exact {
-		address = hostOrPrefix
-	}
-	if s.src {
-		addrs = append(addrs, address(x.Src))
-	}
-	if s.dst {
-		addrs = append(addrs, address(x.Dst))
-	}
-	if !s.exact {
-		last := []extent{protoExtent(x.Protos)}
-		switch k.kind {
-		case policy.KindPorts:
-			last = append(last, portExtent(x.Ports))
-		case policy.KindICMP:
-			last = []extent{byteExtent(byte(x.Ports.Lo), byte(x.Ports.Hi))}
-		}
-		e := makeElement(append(addrs, last...), to)
-		return []element{e}, nil
-	}
-	var out []element
-	for _, p := range singleProtos(k, x) {
-		for port := int(x.Ports.Lo); port <= int(x.Ports.Hi); port++ {
-			one := policy.PortRange{Lo: uint16(port), Hi: uint16(port)}
-			e := makeElement(append(addrs[:len(addrs):len(addrs)], protoExtent([2]flow.Proto{p, p}), portExtent(one)), to)
-			e.end = nil
-			out = append(out, e)
-		}
-	}
-	return out, nil
 }

@@ -42,6 +42,12 @@ func prefixExtent(p netip.Prefix) extent {
 	return extent{p.String(), p.Addr().AsSlice(), lastAddr(p).AsSlice()}
 }
 
+// firstExtent is the first address of a prefix alone.
+func firstExtent(p netip.Prefix) extent {
+	a := p.Masked().Addr()
+	return extent{a.String(), a.AsSlice(), a.AsSlice()}
+}
+
 // lastAddr is the highest address of a prefix.
 func lastAddr(p netip.Prefix) netip.Addr {
 	a := p.Masked().Addr().AsSlice()

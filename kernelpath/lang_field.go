@@ -1,6 +1,7 @@
 package kernelpath
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"net/netip"
@@ -18,18 +19,30 @@ type field struct {
 	text string
 	typ  nftables.SetDatatype
 	load func(register uint32) expr.Any
+	// mask has the bits that a key takes of it; none: all. Only keys have one.
+	mask []byte
+}
+
+// firstBits is so many bits of an address, the others zero, as part of a key.
+func firstBits(f field, of family, n int) field {
+	if width := 8 * len(of.unspecified.raw); n < width {
+		ones, _ := netip.AddrFromSlice(bytes.Repeat([]byte{0xff}, width/8))
+		mask := netip.PrefixFrom(ones, n).Masked().Addr()
+		f.text, f.mask = fmt.Sprintf("%s and %s", f.text, mask), mask.AsSlice()
+	}
+	return f
 }
 
 func metaField(text string, typ nftables.SetDatatype, key expr.MetaKey) field {
-	return field{text, typ, func(r uint32) expr.Any { return &expr.Meta{Key: key, Register: r} }}
+	return field{text: text, typ: typ, load: func(r uint32) expr.Any { return &expr.Meta{Key: key, Register: r} }}
 }
 
 func ctField(text string, typ nftables.SetDatatype, key expr.CtKey) field {
-	return field{text, typ, func(r uint32) expr.Any { return &expr.Ct{Key: key, Register: r} }}
+	return field{text: text, typ: typ, load: func(r uint32) expr.Any { return &expr.Ct{Key: key, Register: r} }}
 }
 
 func payload(text string, typ nftables.SetDatatype, base expr.PayloadBase, offset, size uint32) field {
-	return field{text, typ, func(r uint32) expr.Any {
+	return field{text: text, typ: typ, load: func(r uint32) expr.Any {
 		return &expr.Payload{DestRegister: r, Base: base, Offset: offset, Len: size}
 	}}
 }
@@ -56,19 +69,19 @@ var (
 	fieldICMP4    = payload("icmp type", nftables.TypeICMPType, expr.PayloadBaseTransportHeader, 0, 1)
 	fieldICMP6    = payload("icmpv6 type", nftables.TypeICMP6Type, expr.PayloadBaseTransportHeader, 0, 1)
 	fieldTCPFlags = payload("tcp flags", nftables.TypeTCPFlag, expr.PayloadBaseTransportHeader, 13, 1)
-	fieldOutRoute = field{"fib daddr . mark oifname", nftables.TypeIFName, func(r uint32) expr.Any {
+	fieldOutRoute = field{text: "fib daddr . mark oifname", typ: nftables.TypeIFName, load: func(r uint32) expr.Any {
 		return &expr.Fib{Register: r, ResultOIFNAME: true, FlagDADDR: true, FlagMARK: true}
 	}}
-	fieldDaddrType = field{"fib daddr type", nftables.TypeFIBAddr, func(r uint32) expr.Any {
+	fieldDaddrType = field{text: "fib daddr type", typ: nftables.TypeFIBAddr, load: func(r uint32) expr.Any {
 		return &expr.Fib{Register: r, ResultADDRTYPE: true, FlagDADDR: true}
 	}}
-	fieldSaddrType = field{"fib saddr type", nftables.TypeFIBAddr, func(r uint32) expr.Any {
+	fieldSaddrType = field{text: "fib saddr type", typ: nftables.TypeFIBAddr, load: func(r uint32) expr.Any {
 		return &expr.Fib{Register: r, ResultADDRTYPE: true, FlagSADDR: true}
 	}}
-	fieldSocketMark = field{"socket mark", nftables.TypeMark, func(r uint32) expr.Any {
+	fieldSocketMark = field{text: "socket mark", typ: nftables.TypeMark, load: func(r uint32) expr.Any {
 		return &expr.Socket{Key: expr.SocketKeyMark, Register: r}
 	}}
-	fieldTransparent = field{"socket transparent", nftables.TypeBoolean, func(r uint32) expr.Any {
+	fieldTransparent = field{text: "socket transparent", typ: nftables.TypeBoolean, load: func(r uint32) expr.Any {
 		return &expr.Socket{Key: expr.SocketKeyTransparent, Register: r}
 	}}
 )

@@ -154,6 +154,9 @@ func fromTo(sport, dport uint16) stmt {
 func (c *code) load(key []field) {
 	for i, r := range registers(fieldTypes(key)) {
 		c.add(key[i].load(r))
+		if m := key[i].mask; m != nil {
+			c.add(&expr.Bitwise{SourceRegister: r, DestRegister: r, Len: uint32(len(m)), Mask: m, Xor: make([]byte, len(m))})
+		}
 	}
 }
 

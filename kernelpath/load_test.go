@@ -217,7 +217,7 @@ func TestLoadFailedChangesNothing(t *testing.T) {
 	stage := &bad.Compiled.Forward[0].Stages[0]
 	stage.Boxes = append(stage.Boxes, box("10.0.0.0/24", "203.0.113.10/32", flow.TCP, flow.TCP, 666, 666, policy.ClassKernel))
 	err := table.Load(mustBuild(t, bad, o))
-	if err == nil || !strings.Contains(err.Error(), "map p1_2_ports4_0") {
+	if err == nil || !strings.Contains(err.Error(), "map p1_2_ports4_1") {
 		t.Errorf("boxes that overlap: %v", err)
 	}
 	if after := s.sh("nft -a list ruleset"); after != before {
