@@ -64,7 +64,7 @@ func (c *connection) link(l Link) {
 	c.links = slices.Insert(c.links, at, l)
 	if p := c.bind; p != nil {
 		p.mu.Lock()
-		p.ToUser = true
+		p.is.set(toUser, true)
 		p.mu.Unlock()
 	}
 }
@@ -139,8 +139,8 @@ func (c *connection) far() netip.AddrPort {
 	switch {
 	case c.inbound():
 		return c.tuple.Src
-	case c.perm != nil && c.perm.Via.IsValid():
-		return c.perm.Target
+	case c.perm != nil && c.perm.near.isValid():
+		return c.perm.target()
 	}
 	return c.target()
 }
@@ -170,7 +170,7 @@ func (c *connection) attachWithDestination(r *registered, df filterapi.DataFilte
 	}
 	keep := remembered{l, c.number}
 	if c.inbound() {
-		c.perm.object.remember(keep)
+		c.perm.object().remember(keep)
 	} else {
 		c.session.remember(peerKey{c.tuple.Src, peer}, keep)
 	}
@@ -196,7 +196,7 @@ func (c *connection) inheritLinks() {
 		}
 	}
 	if c.inbound() {
-		b := c.perm.object
+		b := c.perm.object()
 		b.mu.Lock()
 		for _, l := range b.links {
 			add(l)

@@ -107,7 +107,7 @@ func (s *session) joined(p flow.Proto, target netip.AddrPort) bool {
 // let in not the address that it went to.
 func (c *connection) target() netip.AddrPort {
 	if c.perm != nil && !c.inbound() {
-		return c.perm.Target
+		return c.perm.target()
 	}
 	return c.tuple.Dst
 }
@@ -116,7 +116,7 @@ func (c *connection) target() netip.AddrPort {
 // false: it is not hidden.
 func (e *Engine) hidden(c *connection) (addr netip.Addr, hidden bool) {
 	if c.inbound() {
-		return c.perm.External.Addr(), c.perm.External.Addr() != c.perm.Client.Addr()
+		return c.perm.external().Addr(), c.perm.external().Addr() != c.perm.client().Addr()
 	}
 	if name, err := c.ExternalName(); err == nil {
 		return name.Addr(), name.Addr() != c.tuple.Src.Addr()

@@ -56,7 +56,7 @@ func (s *session) RetroactiveAllowBind(a filterapi.AllowBind) (already bool, err
 		s.e.tasks.run(func() { _ = s.e.enforce(p) }) // it logs and tries again
 		return fail(err)
 	}
-	s.e.expireAfter(p, p.Timeout)
+	s.e.expireAfter(p, p.timeout)
 	if !p.waits() {
 		return fail(filterapi.ErrTerminating)
 	}
@@ -70,8 +70,8 @@ func (s *session) findBind(a filterapi.AllowBind) (*permission, error) {
 	var found *permission
 	for _, p := range s.e.perms.of(s) {
 		p.mu.Lock()
-		at, discards := p.External, p.state == permWaiting && p.discarding
-		waits, fits := p.state == permWaiting, p.inbound() && p.Proto == a.Proto
+		at, discards := p.external(), p.state == permWaiting && p.bind != nil && p.bind.discarding
+		waits, fits := p.state == permWaiting, p.inbound() && p.proto == a.Proto
 		p.mu.Unlock()
 		if !fits || at != a.Address && (!a.Address.Addr().IsUnspecified() || at.Port() != a.Address.Port()) {
 			continue
@@ -92,13 +92,10 @@ func (s *session) findBind(a filterapi.AllowBind) (*permission, error) {
 
 // discardingBind is a bind as it was before it was allowed.
 type discardingBind struct {
-	basis    basis
-	standing standing
-	filter   *filterapi.IPFilter
-	oneWay   bool
-	burst    bool
-	forced   bool
-	toUser   bool
+	allowed *judged
+	filter  *filterapi.IPFilter
+	oneWay  bool
+	is      conditions
 }
 
 // allow opens a bind that discards so far.
@@ -108,21 +105,25 @@ func (p *permission) allow(a filterapi.AllowBind, b basis, stands standing, watc
 	if p.state != permWaiting {
 		return before, false, filterapi.ErrTerminating
 	}
-	if !p.discarding {
+	x := p.bind
+	if !x.discarding {
 		return before, true, nil
 	}
-	before = discardingBind{p.basis, p.standing, p.filter, p.OneWay, p.burst, p.forced, p.ToUser}
-	p.discarding = false
-	p.basis, p.standing = b, stands
-	p.filter = a.IPFilter.Clone()
-	p.setSources(p.filter)
-	p.OneWay = a.Proto == flow.UDP && a.Flags&filterapi.Bidirectional == 0
-	p.burst = a.Flags&filterapi.IncreaseReceiveBuffer != 0
-	if p.burst && p.deepen != nil {
-		p.deepen()
+	before = discardingBind{x.allowed, x.filter, x.oneWay, p.is}
+	x.discarding = false
+	x.allowed = &judged{basis: b, standing: stands}
+	x.setFilter(a.IPFilter.Clone())
+	x.oneWay = a.Proto == flow.UDP && a.Flags&filterapi.Bidirectional == 0
+	p.is.set(burst, a.Flags&filterapi.IncreaseReceiveBuffer != 0)
+	if p.is.has(burst) && x.deepen != nil {
+		x.deepen()
 	}
-	p.forced = p.forced || stands.rule.NoKernelMode
-	p.ToUser = p.ToUser || p.forced || watched
+	if stands.rule.NoKernelMode {
+		p.is.set(forced, true)
+	}
+	if p.is.has(forced) || watched {
+		p.is.set(toUser, true)
+	}
 	return before, false, nil
 }
 
@@ -130,8 +131,9 @@ func (p *permission) allow(a filterapi.AllowBind, b basis, stands standing, watc
 func (p *permission) disallow(b discardingBind) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.discarding = true
-	p.basis, p.standing, p.filter = b.basis, b.standing, b.filter
-	p.OneWay, p.burst, p.forced, p.ToUser = b.oneWay, b.burst, b.forced, b.toUser
-	p.setSources(p.filter)
+	x := p.bind
+	x.discarding, x.allowed, x.oneWay = true, b.allowed, b.oneWay
+	x.setFilter(b.filter)
+	p.is.set(burst|forced|toUser, false)
+	p.is |= b.is & (burst | forced | toUser)
 }

@@ -61,9 +61,8 @@ func (s *session) bindForClient(by string, b filterapi.Bind) ([]*connection, err
 	perms := make([]*permission, len(b.Clients))
 	out := make([]*connection, len(b.Clients))
 	for i, client := range b.Clients {
-		perms[i] = s.newBind(b, t, x, i, client)
-		perms[i].by = by
-		out[i] = perms[i].object
+		perms[i] = s.newBind(ground{direction: nat.Inbound, by: by}, b, t, x, i, client)
+		out[i] = perms[i].object()
 	}
 	if err := s.e.openBinds(perms); err != nil {
 		s.e.abandon(perms...)
@@ -251,36 +250,39 @@ func (s *session) behind(b filterapi.Bind, t terms) (netip.Addr, bool, error) {
 	return netip.Addr{}, false, fmt.Errorf("nothing tells the external address: %w", filterapi.ErrInvalidArgument)
 }
 
-// newBind makes bind i of a call, with its object.
-func (s *session) newBind(b filterapi.Bind, t terms, x place, i int, client netip.AddrPort) *permission {
-	p := s.newPermission(t, b.Negotiated)
-	p.Direction = nat.Inbound
-	p.FromGateway = t.primary != nil && t.primary.inbound() && t.primary.perm.FromGateway
-	p.awaiting, p.discarding = x.waiting, b.Flags&filterapi.Discarding != 0
-	p.reach = b.Flags & widerFlags
-	p.OneWay = b.Proto == flow.UDP && b.Flags&filterapi.Bidirectional == 0
-	p.External = x.at(i, client)
-	if p.Client = client; x.waiting {
-		p.Client = netip.AddrPort{}
-		if !x.first.IsValid() {
-			p.External = netip.AddrPort{}
-		}
+// newBind makes bind i of a call, with its object. g has its direction, and who
+// asks.
+func (s *session) newBind(g ground, b filterapi.Bind, t terms, x place, i int, client netip.AddrPort) *permission {
+	g.reach = b.Flags & widerFlags
+	p := s.newPermission(t, b.Negotiated, g)
+	p.bind = &bind{
+		awaiting: x.waiting, discarding: b.Flags&filterapi.Discarding != 0,
+		oneWay:      b.Proto == flow.UDP && b.Flags&filterapi.Bidirectional == 0,
+		fromGateway: t.primary != nil && t.primary.inbound() && t.primary.perm.bind.fromGateway,
+		mapping:     x.mapping, borrows: x.mapping != nil,
 	}
-	if x.leased {
-		p.lease = p.External
+	p.bind.setFilter(b.IPFilter.Clone())
+	external := x.at(i, client)
+	switch {
+	case !x.waiting:
+		p.near = compactOf(client)
+	case !x.first.IsValid():
+		external = netip.AddrPort{}
 	}
+	p.far, p.leased = compactOf(external), x.leased
 	if r := t.verdict.NetworkRule; b.Flags&filterapi.SameSource != 0 && x.first.Addr().Is4() && r != nil && r.Relation == policy.NAT && !t.verdict.Reverse {
-		p.Leaves = r.Name
+		p.bind.leaves = r.Name
 	}
-	p.mapping, p.borrows = x.mapping, x.mapping != nil
-	p.filter = b.IPFilter.Clone()
-	p.setSources(p.filter)
-	p.object = &connection{
-		e: s.e, session: s, tuple: flow.Tuple{Proto: b.Proto, Dst: p.External}, start: s.e.now(), bind: p,
-		name: p.External,
-	}
-	p.object.inherit(p)
+	p.makeObject(external)
 	return p
+}
+
+// makeObject makes what filters know a bind as.
+func (p *permission) makeObject(external netip.AddrPort) {
+	p.bind.object = &connection{
+		e: p.session.e, session: p.session, tuple: flow.Tuple{Proto: p.proto, Dst: external}, start: p.session.e.now(), bind: p, name: external,
+	}
+	p.bind.object.inherit(p)
 }
 
 // openBinds asks the filters that watch binds and then opens them all.
@@ -289,11 +291,11 @@ func (e *Engine) openBinds(perms []*permission) error {
 	defer cancel()
 	for _, p := range perms {
 		kind := filterapi.BindUDP
-		if p.Proto == flow.TCP {
+		if p.proto == flow.TCP {
 			kind = filterapi.BindTCP
 		}
-		if err := e.notify(ctx, p.object, kind, func(_ *registered, a filterapi.About) filterapi.Event {
-			return &filterapi.BindEvent{About: a, TCP: p.Proto == flow.TCP, External: p.External}
+		if err := e.notify(ctx, p.object(), kind, func(_ *registered, a filterapi.About) filterapi.Event {
+			return &filterapi.BindEvent{About: a, TCP: p.proto == flow.TCP, External: p.external()}
 		}); err != nil {
 			return fmt.Errorf("%w: %w", filterapi.ErrPolicyDenied, err)
 		}
@@ -302,13 +304,13 @@ func (e *Engine) openBinds(perms []*permission) error {
 		return err
 	}
 	for _, p := range perms {
-		if p.Proto != flow.TCP {
+		if p.proto != flow.TCP {
 			continue
 		}
 		// A listen cannot be refused any more; its handlers' errors are in the
 		// log.
-		_ = e.notify(ctx, p.object, filterapi.Listen, func(_ *registered, a filterapi.About) filterapi.Event {
-			return &filterapi.ListenEvent{About: a, External: p.object.opened()}
+		_ = e.notify(ctx, p.object(), filterapi.Listen, func(_ *registered, a filterapi.About) filterapi.Event {
+			return &filterapi.ListenEvent{About: a, External: p.object().opened()}
 		})
 	}
 	return nil
@@ -350,7 +352,7 @@ func (c *connection) SetClientAddress(a netip.AddrPort) error {
 		c.e.tasks.run(func() { _ = c.e.enforce(p) }) // it logs and tries again
 		return fail(err)
 	}
-	c.e.expireAfter(p, p.Timeout)
+	c.e.expireAfter(p, p.timeout)
 	if !p.waits() {
 		return fail(filterapi.ErrTerminating)
 	}

@@ -43,7 +43,7 @@ func (s *session) RedirectConnections(r filterapi.Redirect) (netip.AddrPort, []f
 	}
 	actions := make([]filterapi.Action, len(perms))
 	for i, p := range perms {
-		actions[i] = action{s.e, p}
+		actions[i] = (*action)(p)
 	}
 	return inside, actions, nil
 }
@@ -65,9 +65,8 @@ func (s *session) redirections(r filterapi.Redirect) ([]*permission, error) {
 		if err := s.checkSource(r.External, r.Flags); err != nil {
 			return nil, err
 		}
-		p := s.newPermission(t, r.Negotiated)
-		p.Direction, p.Client, p.Target, p.Source = nat.Outbound, netip.AddrPortFrom(s.addr, 0), target, r.External
-		perms[i] = p
+		perms[i] = s.newPermission(t, r.Negotiated, ground{direction: nat.Outbound, source: r.External})
+		perms[i].far = compactOf(target)
 	}
 	return perms, nil
 }
@@ -84,8 +83,7 @@ func (s *session) leaseInside(proto flow.Proto, perms []*permission) (netip.Addr
 		return netip.AddrPort{}, err
 	}
 	for i, p := range perms {
-		p.Via = netip.AddrPortFrom(inside, first.Port()+uint16(i))
-		p.lease = p.Via
+		p.near, p.leased = compactOf(netip.AddrPortFrom(inside, first.Port()+uint16(i))), true
 	}
 	return first, nil
 }
@@ -110,12 +108,12 @@ func (e *Engine) previewAll(perms []*permission) error {
 func (e *Engine) preview(ctx context.Context, p *permission) error {
 	c := &connection{
 		e: e, session: p.session, start: e.now(),
-		tuple: flow.Tuple{Proto: p.Proto, Src: netip.AddrPortFrom(p.session.addr, 0), Dst: p.Via},
+		tuple: flow.Tuple{Proto: p.proto, Src: netip.AddrPortFrom(p.session.addr, 0), Dst: p.via()},
 	}
 	c.inherit(p)
 	err := e.raise(ctx, c)
-	p.forced = p.forced || c.forUser()
-	p.ToUser = p.forced
+	held := p.is.has(forced) || c.forUser()
+	p.is.set(forced|toUser, held)
 	c.mu.Lock()
 	killed := c.killed
 	c.mu.Unlock()

@@ -50,14 +50,15 @@ func (s *session) AllowFutureConnect(f filterapi.FutureConnect) (filterapi.Actio
 	case t.primary != nil && !s.e.within(f.Flags, f.Target.Addr(), t.primary.far().Addr()):
 		return fail(fmt.Errorf("not the peer of the primary connection: %w", filterapi.ErrPolicyDenied))
 	}
-	p := s.newPermission(t, f.Negotiated)
-	p.Direction, p.Client, p.Target, p.Source = nat.Outbound, netip.AddrPortFrom(s.addr, 0), f.Target, f.External
-	p.addressBased = f.Flags&filterapi.AddressBased != 0
+	p := s.newPermission(t, f.Negotiated, ground{
+		direction: nat.Outbound, source: f.External, addressBased: f.Flags&filterapi.AddressBased != 0,
+	})
+	p.far = compactOf(f.Target)
 	if err := s.e.grant(p); err != nil {
 		s.e.abandon(p)
 		return fail(err)
 	}
-	return action{s.e, p}, nil
+	return (*action)(p), nil
 }
 
 // reachable says whether an address and port can be somebody that the client
@@ -208,24 +209,6 @@ func (e *Engine) sameNetwork(a, b netip.Addr) bool {
 	p := e.Policy()
 	theirs := p.NetworksOf(b, ifaceB)
 	return slices.ContainsFunc(p.NetworksOf(a, ifaceA), func(n string) bool { return n != policy.Any && slices.Contains(theirs, n) })
-}
-
-// newPermission is a permission as far as all of the calls know it.
-func (s *session) newPermission(t terms, n filterapi.Negotiated) *permission {
-	p := &permission{session: s, primary: t.primary, basis: t.basis, standing: t.standing, notify: t.notify, context: t.context}
-	p.ID = s.e.nextID()
-	p.Proto = n.Proto
-	p.Multiple = n.Flags&filterapi.AllowMultiple != 0
-	p.burst = n.Flags&filterapi.IncreaseReceiveBuffer != 0
-	p.forced = n.Flags&filterapi.NoKernelMode != 0 || t.rule != nil && t.rule.NoKernelMode
-	p.ToUser = p.forced || s.watches(t.uses, t.primary != nil)
-	if n.Flags&filterapi.Timeout != 0 {
-		p.Timeout = filterapi.DefaultTimeout
-		if n.Expiry > 0 {
-			p.Timeout = n.Expiry
-		}
-	}
-	return p
 }
 
 // watches says whether a filter wants to hear of the flows of a permission,

@@ -101,7 +101,7 @@ func (officeRoutes) Lookup(dst netip.Addr) (string, netip.Addr, bool, error) {
 	return "", netip.Addr{}, false, errors.New("no route")
 }
 
-func officePolicy(t *testing.T) *policy.Policy {
+func officePolicy(t testing.TB) *policy.Policy {
 	t.Helper()
 	rule := func(name string, a policy.Action, to, protocol string) policy.Rule {
 		return policy.Rule{Name: name, Action: a, From: []string{"inside"}, To: []string{to}, Protocols: []string{protocol}}

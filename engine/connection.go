@@ -76,7 +76,8 @@ type connection struct {
 	announced chan struct{} // closed when a filter has heard of that; nil: none hears
 	hearers   []hearer
 	handles   []held
-	gone      bool // and nothing more is heard of it: handles are the filters'
+	grounds   *grounds // of the permissions that have it for their primary one; nil: none
+	gone      bool     // and nothing more is heard of it: handles are the filters'
 }
 
 type hearer struct {
@@ -252,7 +253,7 @@ func (c *connection) ExternalPeer() (netip.AddrPort, error) {
 
 // SetIPFilter implements filterapi.Connection.
 func (c *connection) SetIPFilter(f *filterapi.IPFilter) error {
-	if emulated, _ := c.state(); c.bind == nil || emulated || c.bind.publication != "" {
+	if emulated, _ := c.state(); c.bind == nil || emulated || c.bind.publication() != "" {
 		return filterapi.ErrNotSupported
 	}
 	if !suits(f, c.session.addr) {
@@ -300,12 +301,12 @@ func (c *connection) Expiry() (time.Time, bool) {
 	}
 	c.bind.mu.Lock()
 	defer c.bind.mu.Unlock()
-	return c.bind.expiry, !c.bind.expiry.IsZero()
+	return c.bind.expires()
 }
 
 // Kill implements filterapi.Connection.
 func (c *connection) Kill() {
-	if c.bind != nil && c.bind.publication != "" {
+	if c.bind != nil && c.bind.publication() != "" {
 		return // the administrator opened it
 	}
 	if c.bind != nil {

@@ -210,7 +210,7 @@ func (e *Engine) raiseExcept(ctx context.Context, c *connection, except *registe
 	switch {
 	case t.Proto == flow.TCP && c.inbound():
 		return e.notifyExcept(ctx, c, filterapi.Accepted, except, func(r *registered, a filterapi.About) filterapi.Event {
-			return &filterapi.AcceptEvent{About: a, Listener: c.perm.object.handle(r), Remote: t.Src, Local: t.Dst}
+			return &filterapi.AcceptEvent{About: a, Listener: c.perm.object().handle(r), Remote: t.Src, Local: t.Dst}
 		})
 	case t.Proto == flow.TCP:
 		return e.notifyExcept(ctx, c, filterapi.ConnectTCP, except, func(_ *registered, a filterapi.About) filterapi.Event {
@@ -281,8 +281,8 @@ func (e *Engine) upstream(c *connection) Dial {
 		// Its client's packets end at the gateway, whose own address is as good.
 		d.Source, d.Transparent = netip.AddrPort{}, false
 	}
-	if c.perm != nil && c.perm.Source.IsValid() {
-		d.Source, d.Transparent = c.perm.Source, false
+	if c.perm != nil && c.perm.source.IsValid() {
+		d.Source, d.Transparent = c.perm.source, false
 		return d
 	}
 	if c.source.IsValid() {

@@ -17,7 +17,7 @@ func (c *connection) setEmulated(r *registered, on bool) {
 	c.emulated, c.emulator = on, r
 	if p := c.bind; p != nil {
 		p.mu.Lock()
-		p.emulated = on
+		p.bind.emulated = on
 		p.mu.Unlock()
 	}
 }
@@ -55,7 +55,7 @@ func (c *connection) emulateForBind(r *registered) error {
 		return filterapi.ErrBadContext
 	case c.emulated:
 		return filterapi.ErrAlreadyEmulated
-	case c.bind.atSocket(), c.bind.mapping != nil && !c.bind.borrows:
+	case c.bind.atSocket(), c.bind.mapping() != nil && !c.bind.borrows():
 		return filterapi.ErrNotSupported // its client asked for a socket; or what it sends leaves from there
 	}
 	c.setEmulated(r, true)
@@ -81,19 +81,16 @@ func (s *session) emulateClientBind(r *registered, b filterapi.EmulatedBind) (*c
 		return fail(filterapi.ErrTerminating)
 	}
 	defer s.e.release(s)
-	p := s.newPermission(t, n)
-	p.Direction, p.Client, p.External, p.emulated = nat.Inbound, b.Client, b.External, true
-	p.by = r.name()
-	p.object = &connection{
-		e: s.e, session: s, tuple: flow.Tuple{Proto: b.Proto, Dst: b.External}, start: s.e.now(), bind: p, name: b.External,
-		emulated: true, emulator: r, internalTranslation: b.InternalAddressTranslation,
-	}
-	p.object.inherit(p)
+	p := s.newPermission(t, n, ground{direction: nat.Inbound, by: r.name()})
+	p.far, p.near, p.bind = compactOf(b.External), compactOf(b.Client), &bind{emulated: true}
+	p.makeObject(b.External)
+	c := p.object()
+	c.emulated, c.emulator, c.internalTranslation = true, r, b.InternalAddressTranslation
 	if err := s.e.openBinds([]*permission{p}); err != nil {
 		s.e.abandon(p)
 		return fail(err)
 	}
-	return p.object, nil
+	return c, nil
 }
 
 // state gives what the calls on emulated connections ask first.
@@ -128,7 +125,7 @@ func (c *connection) emulateConnection(r *registered, df filterapi.DataFilter, r
 	if c.e.user == nil {
 		return nil, fmt.Errorf("emulate connection: %w", filterapi.ErrNotSupported)
 	}
-	t := flow.Tuple{Proto: c.bind.Proto, Src: remote, Dst: c.bind.External}
+	t := flow.Tuple{Proto: c.bind.proto, Src: remote, Dst: c.bind.external()}
 	if !c.e.flows.reserve(t) {
 		return nil, fmt.Errorf("emulate connection from %v: %w", remote, filterapi.ErrAlreadyExists)
 	}
@@ -165,7 +162,7 @@ func (c *connection) accept(r *registered, df filterapi.DataFilter, remote netip
 	name, _ := c.ExternalName() // a bind has one
 	made := &connection{
 		e: c.e, session: c.session, held: true, start: c.e.now(),
-		tuple: flow.Tuple{Proto: p.Proto, Src: remote, Dst: p.External},
+		tuple: flow.Tuple{Proto: p.proto, Src: remote, Dst: p.external()},
 		name:  name, peer: remote,
 		internalTranslation: c.internalTranslation,
 	}
@@ -209,9 +206,7 @@ func (e *Engine) useOwn(p *permission) bool {
 		p.mu.Unlock()
 		return false
 	}
-	p.flows++
-	p.unsettled++
-	usedUp := !p.Multiple && p.endLocked(permUsed)
+	usedUp := p.count(true)
 	p.mu.Unlock()
 	if usedUp {
 		e.perms.discharge(p)
@@ -224,14 +219,14 @@ func (e *Engine) useOwn(p *permission) bool {
 func (p *permission) client() netip.AddrPort {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.Client
+	return p.near.addrPort()
 }
 
 // isGranted says whether filters and the quota have had their say.
 func (p *permission) isGranted() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.granted
+	return p.is.has(granted)
 }
 
 // IncrementBytesSent adds to what the log says was sent.

@@ -187,7 +187,7 @@ func (e *Engine) record(end flow.End, a about) {
 		f = append(f, zap.Bool("secondary", true))
 	}
 	if a.perm != nil {
-		f = append(f, zap.Uint64("permission", a.perm.ID))
+		f = append(f, zap.Uint64("permission", a.perm.id))
 	}
 	if end.Translation.Src.IsValid() {
 		f = append(f, zap.Stringer("nat_src", end.Translation.Src))

@@ -74,6 +74,7 @@ type Engine struct {
 	factories factories
 	flows     living
 	perms     permissions
+	deadlines deadlines
 	overtaken overtaken
 	mappings  mappings
 	tasks     tasks
@@ -129,6 +130,7 @@ func New(c Config) (*Engine, error) {
 	e.sessions.init()
 	e.flows.byTuple = make(map[flow.Tuple]*connection)
 	e.perms.init()
+	e.deadlines.init(e.now, e.expire)
 	e.mappings.init()
 	e.SetKernelPorts(c.KernelPorts)
 	e.tasks.init()

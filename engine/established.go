@@ -31,7 +31,7 @@ func (e *Engine) established(c *connection) bool {
 	}
 	e.passed(c)
 	p.mu.Lock()
-	p.unsettled--
+	p.used().unsettled--
 	quiet := p.quiet()
 	p.mu.Unlock()
 	if quiet {
@@ -117,33 +117,38 @@ const maxEarly = 1024
 func (p *permission) heardEarly(t flow.Tuple, now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for x, at := range p.early {
+	u := p.used()
+	for x, at := range u.early {
 		if at.Add(lateReports).Before(now) {
-			delete(p.early, x)
+			delete(u.early, x)
 		}
 	}
-	if len(p.early) >= maxEarly {
+	if len(u.early) >= maxEarly {
 		return
 	}
-	if p.early == nil {
-		p.early = make(map[flow.Tuple]time.Time)
+	if u.early == nil {
+		u.early = make(map[flow.Tuple]time.Time)
 	}
-	p.early[t] = now
+	u.early[t] = now
 }
 
 // wasEarly is Engine.wasEarly for one permission.
 func (p *permission) wasEarly(t flow.Tuple, now time.Time) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	at, ok := p.early[t]
-	delete(p.early, t)
+	if p.use == nil {
+		return false
+	}
+	at, ok := p.use.early[t]
+	delete(p.use.early, t)
 	return ok && !at.Add(lateReports).Before(now)
 }
 
 // listens says whether the kernel's word of established flows is needed.
 // p.mu is held.
 func (p *permission) listens(want inKernel) bool {
-	return p.notify != nil && !p.forced && !p.emulated && !p.forSocketsAlone() && (want == holdsOpening || p.late || p.unsettled > 0)
+	return p.notify != nil && !p.is.has(forced) && !p.isEmulated() && !p.forSocketsAlone() &&
+		(want == holdsOpening || p.is.has(late) || p.use != nil && p.use.unsettled > 0)
 }
 
 // quiet says whether the kernel's word of established flows may be needed no
@@ -157,12 +162,12 @@ func (p *permission) quiet() bool {
 // watch brings the kernel's reports of established flows after what a
 // permission needs. p.change is held.
 func (e *Engine) watch(p *permission, on bool) error {
-	if p.watched == on {
+	if (p.did&isWatched != 0) == on {
 		return nil
 	}
 	if err := e.kernel.WatchEstablished(on); err != nil {
 		return err
 	}
-	p.watched = on
+	p.did ^= isWatched
 	return nil
 }

@@ -75,11 +75,9 @@ func (s *session) newSocketBind(r *registered, b filterapi.Bind) (*permission, e
 		return nil, err
 	}
 	x.waiting = waiting
-	p := s.newBind(b, t, x, 0, b.Clients[0])
-	p.Direction, p.by, p.gone = nat.Local, r.name(), make(chan struct{})
-	if b.Proto == flow.UDP {
-		p.Multiple = true // a socket with many peers
-	}
+	g := ground{direction: nat.Local, by: r.name(), multiple: b.Proto == flow.UDP} // a socket with many peers
+	p := s.newBind(g, b, t, x, 0, b.Clients[0])
+	p.bind.gone = make(chan struct{})
 	return p, nil
 }
 
@@ -174,8 +172,8 @@ type clientListener struct {
 
 // open opens the socket, at which nobody is let in yet.
 func (l *clientListener) open() (err error) {
-	user, at := l.p.session.e.user, l.p.External
-	if l.p.Proto == flow.TCP {
+	user, at := l.p.session.e.user, l.p.external()
+	if l.p.proto == flow.TCP {
 		l.stream, err = user.Listen(at)
 		return inUse(err)
 	}
@@ -190,10 +188,10 @@ func (l *clientListener) open() (err error) {
 	}
 	l.peers.init(l)
 	if d, ok := conn.(interface{ Deepen() }); ok {
-		l.p.deepen = d.Deepen
+		l.p.bind.deepen = d.Deepen
 	}
-	if _, _, burst := l.p.carriage(); burst && l.p.deepen != nil {
-		l.p.deepen()
+	if _, _, deep := l.p.carriage(); deep && l.p.bind.deepen != nil {
+		l.p.bind.deepen()
 	}
 	return nil
 }
@@ -201,7 +199,7 @@ func (l *clientListener) open() (err error) {
 // start follows the bind until it is over.
 func (l *clientListener) start() {
 	go func() {
-		<-l.p.gone
+		<-l.p.bind.gone
 		l.closeSocket()
 	}()
 	if l.stream == nil {
@@ -221,7 +219,7 @@ func (l *clientListener) accept() {
 		}
 		select {
 		case l.came <- conn:
-		case <-l.p.gone:
+		case <-l.p.bind.gone:
 			reset(conn)
 		}
 	}
@@ -248,7 +246,7 @@ func reset(conn net.Conn) {
 }
 
 // Bind implements filterapi.ClientListener.
-func (l *clientListener) Bind() filterapi.Connection { return l.p.object.handle(l.r) }
+func (l *clientListener) Bind() filterapi.Connection { return l.p.object().handle(l.r) }
 
 // Close implements filterapi.ClientListener.
 func (l *clientListener) Close() error {
@@ -270,12 +268,12 @@ func (l *clientListener) Accept(ctx context.Context) (filterapi.Leg, error) {
 				return x, nil
 			}
 			if !l.p.waits() {
-				return nil, fmt.Errorf("accept at %v: %w", l.p.External, filterapi.ErrTerminating)
+				return nil, fmt.Errorf("accept at %v: %w", l.p.external(), filterapi.ErrTerminating)
 			}
-		case <-l.p.gone:
-			return nil, fmt.Errorf("accept at %v: %w", l.p.External, filterapi.ErrTerminating)
+		case <-l.p.bind.gone:
+			return nil, fmt.Errorf("accept at %v: %w", l.p.external(), filterapi.ErrTerminating)
 		case <-ctx.Done():
-			return nil, fmt.Errorf("accept at %v: %w", l.p.External, context.Cause(ctx))
+			return nil, fmt.Errorf("accept at %v: %w", l.p.external(), context.Cause(ctx))
 		}
 	}
 }
@@ -288,7 +286,7 @@ func (l *clientListener) received(conn net.Conn) (*leg, error) {
 		reset(conn)
 		return nil, err
 	}
-	c, err := s.explicit(flow.Tuple{Proto: flow.TCP, Src: peer, Dst: p.External})
+	c, err := s.explicit(flow.Tuple{Proto: flow.TCP, Src: peer, Dst: p.external()})
 	if err != nil {
 		reset(conn)
 		return nil, err

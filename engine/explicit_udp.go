@@ -162,7 +162,7 @@ func (x *udpPeers) sweep() {
 	defer tick.Stop()
 	for {
 		select {
-		case <-x.l.p.gone:
+		case <-x.l.p.bind.gone:
 			return
 		case <-tick.C:
 		}
@@ -270,7 +270,7 @@ func (x *udpPeers) begin(c *connection, far netip.AddrPort, rules *policy.Policy
 		return nil, x.deny(far, err, rules)
 	}
 	p := &udpPeer{c: c, t: t}
-	t.Connected(x.l.p.External, far)
+	t.Connected(x.l.p.external(), far)
 	if len(t.Chain) > 0 {
 		p.duct = x.engine().user.Filter(t, far, func(b []byte) { x.toClient(b, far) }, func(b []byte) {
 			_, _ = x.l.packets.WriteToUDPAddrPort(b, far) // lost, as on any path
@@ -300,11 +300,11 @@ func (x *udpPeers) recv(b []byte) (int, netip.AddrPort, error) {
 		}
 		if err != nil {
 			select {
-			case <-x.l.p.gone:
+			case <-x.l.p.bind.gone:
 				return 0, netip.AddrPort{}, filterapi.ErrTerminating
 			default:
 			}
-			return 0, netip.AddrPort{}, fmt.Errorf("receive at %v: %w", x.l.p.External, err)
+			return 0, netip.AddrPort{}, fmt.Errorf("receive at %v: %w", x.l.p.external(), err)
 		}
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
 		p := x.find(from)
@@ -335,7 +335,7 @@ func (x *udpPeers) fromPeer(from netip.AddrPort) (*udpPeer, error) {
 	if x.full() {
 		return nil, filterapi.ErrQuota
 	}
-	c, err := bind.session.explicit(flow.Tuple{Proto: flow.UDP, Src: from, Dst: bind.External})
+	c, err := bind.session.explicit(flow.Tuple{Proto: flow.UDP, Src: from, Dst: bind.external()})
 	if err != nil {
 		return nil, err
 	}

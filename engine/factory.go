@@ -125,28 +125,28 @@ func (f *factory) concerns(c *connection) bool {
 	case filterapi.UDPDestination:
 		return !tcp && f.matches(c.far())
 	case filterapi.Accepted:
-		return tcp && c.inbound() && f.matches(c.perm.External)
+		return tcp && c.inbound() && f.matches(c.perm.external())
 	default:
-		return !tcp && c.inbound() && f.matches(c.perm.External)
+		return !tcp && c.inbound() && f.matches(c.perm.external())
 	}
 }
 
 // wants says whether flows that a permission lets in are for the factory, and
 // must come to user space. p.mu is held.
 func (f *factory) wants(p *permission) bool {
-	tcp := p.Proto == flow.TCP
+	tcp := p.proto == flow.TCP
 	switch f.Event {
 	case filterapi.ConnectTCP:
-		return tcp && !p.inbound() && f.matches(p.Target)
+		return tcp && !p.inbound() && f.matches(p.target())
 	case filterapi.UDPDestination:
 		if p.inbound() {
-			return !tcp && f.exact() && p.filter.Includes(f.Address.Addr())
+			return !tcp && f.exact() && p.bind.filter.Includes(f.Address.Addr())
 		}
-		return !tcp && f.matches(p.Target)
+		return !tcp && f.matches(p.target())
 	case filterapi.Accepted:
-		return tcp && p.inbound() && f.matches(p.External)
+		return tcp && p.inbound() && f.matches(p.external())
 	default:
-		return !tcp && p.inbound() && f.matches(p.External)
+		return !tcp && p.inbound() && f.matches(p.external())
 	}
 }
 
@@ -155,8 +155,10 @@ func (f *factory) wants(p *permission) bool {
 func (e *Engine) bringToUser(p *permission) bool {
 	for _, f := range e.factories.of(p.session) {
 		p.mu.Lock()
-		changed := !p.ToUser && f.wants(p)
-		p.ToUser = p.ToUser || changed
+		changed := !p.is.has(toUser) && f.wants(p)
+		if changed {
+			p.is.set(toUser, true)
+		}
 		p.mu.Unlock()
 		if changed {
 			return true

@@ -45,8 +45,8 @@ func (e *Engine) raiseBind(ctx context.Context, m *mapping, c *connection) error
 	if err != nil || !heard {
 		return err
 	}
-	return e.notify(ctx, p.object, kind, func(_ *registered, a filterapi.About) filterapi.Event {
-		return &filterapi.BindEvent{About: a, TCP: m.proto == flow.TCP, External: p.External}
+	return e.notify(ctx, p.object(), kind, func(_ *registered, a filterapi.About) filterapi.Event {
+		return &filterapi.BindEvent{About: a, TCP: m.proto == flow.TCP, External: p.external()}
 	})
 }
 
@@ -65,17 +65,15 @@ func (e *Engine) bindMapping(m *mapping, s *session, b basis, stands standing, s
 		e.release(s)
 		return p, nil
 	}
-	p := &permission{session: s, basis: b, standing: stands, mapping: m}
-	p.ID = e.nextID()
-	p.Direction, p.Proto, p.Client, p.External = nat.Inbound, m.proto, m.inside.addrPort(), m.external.addrPort()
-	p.Multiple, p.by = true, networkRuleWord+x.rules[m.rule].name
-	p.discarding = m.filtering != policy.FilterEndpointIndependent
-	p.AnySource, p.ToUser = true, shown
-	p.forced = stands.rule != nil && stands.rule.NoKernelMode
-	p.object = &connection{
-		e: e, session: s, tuple: flow.Tuple{Proto: m.proto, Dst: p.External}, start: e.now(), bind: p, name: p.External,
-	}
-	p.object.inherit(p)
+	p := &permission{id: e.nextID(), ground: &ground{
+		session: s, direction: nat.Inbound, proto: m.proto, multiple: true, by: networkRuleWord + x.rules[m.rule].name,
+		judged: judged{basis: b, standing: stands},
+	}}
+	p.far, p.near = compactOf(m.external.addrPort()), compactOf(m.inside.addrPort())
+	p.bind = &bind{mapping: m, anySource: true, discarding: m.filtering != policy.FilterEndpointIndependent}
+	p.is.set(toUser, shown)
+	p.is.set(forced, stands.noKernelMode())
+	p.makeObject(m.external.addrPort())
 	more.bind, more.held = p, s
 	x.mu.Unlock()
 	e.perms.adopt(p)
@@ -148,10 +146,10 @@ func (s *session) mappedBind(a filterapi.AllowBind) (*permission, error) {
 // yield has the kernel let in whom the mapping of a bind lets in by itself, or
 // nobody, as long as a filter says who.
 func (e *Engine) yield(p *permission) error {
-	if p.mapping == nil {
+	if p.mapping() == nil {
 		return nil
 	}
-	return e.refit(p.mapping)
+	return e.refit(p.mapping())
 }
 
 // refit brings the kernel to what has become of a mapping.
@@ -175,7 +173,7 @@ func (e *Engine) refit(m *mapping) error {
 func (p *permission) isDiscarding() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.discarding && p.state == permWaiting
+	return p.bind.discarding && p.state == permWaiting
 }
 
 // MappingInfo counts mappings, for people.
@@ -231,11 +229,11 @@ func (m *mapping) lent() bool {
 // lendMapping makes a bind the one that says who may come in to the mapping
 // whose address it borrows.
 func (e *Engine) lendMapping(p *permission) {
-	if !p.borrows {
+	if !p.borrows() {
 		return
 	}
 	e.mappings.mu.Lock()
-	more := p.mapping.more()
+	more := p.mapping().more()
 	more.borrower = p
 	own := more.bind
 	e.mappings.mu.Unlock()
@@ -245,17 +243,17 @@ func (e *Engine) lendMapping(p *permission) {
 // regain has the network rule say again who may come in to a mapping, when the
 // bind that borrows its address lets nobody in any more.
 func (e *Engine) regain(p *permission) {
-	if !p.borrows || p.waits() {
+	if !p.borrows() || p.waits() {
 		return
 	}
 	e.mappings.mu.Lock()
-	own, other := p.mapping.bind(), p.mapping.more().borrower != p
+	own, other := p.mapping().bind(), p.mapping().more().borrower != p
 	e.mappings.mu.Unlock()
 	if own == nil || other { // or another one borrows it by now
 		return
 	}
 	own.mu.Lock()
-	yields := own.yields
+	yields := own.bind.yields
 	own.mu.Unlock()
 	if yields {
 		e.setYields(own, false)
@@ -268,17 +266,17 @@ func (e *Engine) setYields(own *permission, on bool) {
 		return
 	}
 	own.mu.Lock()
-	own.yields = on
+	own.bind.yields = on
 	own.mu.Unlock()
 	_ = e.enforce(own) // it logs
 }
 
 // giveMappingBack ends that: the network rule says so again.
 func (e *Engine) giveMappingBack(p *permission) {
-	if !p.borrows {
+	if !p.borrows() {
 		return
 	}
-	m := p.mapping
+	m := p.mapping()
 	e.mappings.mu.Lock()
 	more := m.more()
 	if more.borrower == p {
@@ -289,7 +287,7 @@ func (e *Engine) giveMappingBack(p *permission) {
 	m.lean()
 	e.mappings.mu.Unlock()
 	if err := e.yield(p); err != nil {
-		e.log.Error("a mapping lets nobody in", zap.Stringer("external", p.External), zap.Error(err))
+		e.log.Error("a mapping lets nobody in", zap.Stringer("external", p.external()), zap.Error(err))
 	}
 }
 

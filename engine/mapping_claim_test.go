@@ -173,7 +173,7 @@ func TestTwoBindsForOneEndpoint(t *testing.T) {
 		if _, err := claimed(s, 0, ""); err != nil {
 			t.Fatal(err)
 		}
-		late := own.newBind(ask, terms, at, 0, ask.Clients[0])
+		late := own.newBind(ground{direction: nat.Inbound}, ask, terms, at, 0, ask.Clients[0])
 		if err := b.openBinds([]*permission{late}); !errors.Is(err, filterapi.ErrAlreadyExists) {
 			t.Errorf("the slow call: %v", err)
 		}

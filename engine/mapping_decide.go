@@ -101,7 +101,7 @@ func (e *Engine) aroundFromBind(ctx context.Context, c *connection) *refused {
 // mapPermitted has a flow that a permission lets out leave by a mapping, if
 // the rules want that where it goes.
 func (e *Engine) mapPermitted(rules *policy.Policy, c *connection) {
-	if c.inbound() || c.perm.Source.IsValid() {
+	if c.inbound() || c.perm.source.IsValid() {
 		return
 	}
 	to := c.tuple

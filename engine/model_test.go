@@ -436,7 +436,7 @@ func (w *world) left() string {
 	held, watched := len(w.kernel.held), w.kernel.watched
 	w.kernel.mu.Unlock()
 	e.perms.mu.Lock()
-	listed, waiting := len(e.perms.byKey)+len(e.perms.vias), len(e.perms.byClient)
+	listed, waiting := len(e.perms.byKey.first)+len(e.perms.byKey.later)+len(e.deadlines.heap), len(e.perms.byClient)
 	e.perms.mu.Unlock()
 	e.sessions.mu.Lock()
 	sessions := len(e.sessions.byID)

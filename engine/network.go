@@ -41,7 +41,7 @@ func (n network) Dial(ctx context.Context, p flow.Proto, from, to netip.AddrPort
 		return fail(err)
 	}
 	if c.perm != nil && !from.IsValid() {
-		from = c.perm.Source
+		from = c.perm.source
 	}
 	conn, err := n.e.user.Dial(ctx, p, from, to)
 	if err != nil {

@@ -117,11 +117,15 @@ func (e *Engine) mayBePermitted(end flow.End) bool {
 func (p *permission) wasOpen(start, stop time.Time) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	until := int64(0)
+	if p.use != nil {
+		until = p.use.openUntil
+	}
 	switch {
-	case p.openSince.IsZero():
+	case p.openSince == 0:
 		return false
 	case start.IsZero():
-		return p.openUntil.IsZero() || !p.openUntil.Add(lateReports).Before(stop)
+		return until == 0 || until+int64(lateReports) >= stop.UnixNano()
 	}
-	return !start.Before(p.openSince) && (p.openUntil.IsZero() || !start.After(p.openUntil))
+	return start.UnixNano() >= p.openSince && (until == 0 || start.UnixNano() <= until)
 }

@@ -78,43 +78,51 @@ func (p *permission) info() (PermissionInfo, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	i := PermissionInfo{
-		Permission: p.Permission, Session: p.session.id, Owner: p.session.addr, Protocol: p.standing.protocol,
-		AddressBased: p.addressBased, Notify: p.notify != nil, Expires: p.expiry, Flows: p.flows, State: "used",
-		Path: p.path(filtered), By: p.by, User: p.session.User(), Bind: p.object != nil, Socket: p.Direction == nat.Local,
+		Permission: p.form(), Session: p.session.id, Owner: p.session.addr, Protocol: p.judgement().protocol,
+		AddressBased: p.addressBased, Notify: p.notify != nil, Flows: p.living(), State: "used",
+		Path: p.path(filtered), By: p.by, User: p.session.User(), Bind: p.object() != nil, Socket: p.atSocket(),
 	}
-	if p.mapping != nil && !p.borrows {
+	i.Expires, _ = p.expires()
+	if p.mapping() != nil && !p.borrows() {
 		i.Leaves = strings.TrimPrefix(p.by, networkRuleWord)
 	}
-	if p.standing.rule != nil {
-		i.Rule = p.standing.rule.Name
+	if r := p.judgement().rule; r != nil {
+		i.Rule = r.Name
 	}
 	if p.state != permWaiting {
-		return i, p.flows > 0
+		return i, p.living() > 0
 	}
-	switch {
-	case p.emulated:
-		i.State = "emulated"
-	case p.awaiting:
-		i.State = "waiting"
-	case p.discarding:
-		i.State = "discarding"
-	case p.inbound() && !p.AnySource && len(p.Sources) == 0:
-		i.State = "reserved"
-	default:
-		i.State = "armed"
+	i.State = "armed"
+	if p.bind != nil {
+		i.State = p.bind.stateName()
 	}
 	return i, true
+}
+
+// stateName is that of PermissionInfo while the bind waits. p.mu is held.
+func (b *bind) stateName() string {
+	switch {
+	case b.emulated:
+		return "emulated"
+	case b.awaiting:
+		return "waiting"
+	case b.discarding:
+		return "discarding"
+	case !b.anySource && len(b.sources) == 0:
+		return "reserved"
+	}
+	return "armed"
 }
 
 // path is that of PermissionInfo; filtered: data filters hold all of its flows.
 // p.mu is held.
 func (p *permission) path(filtered bool) string {
 	switch {
-	case p.emulated || p.atSocket() || p.forSocketsAlone():
+	case p.isEmulated() || p.atSocket() || p.forSocketsAlone():
 		return "user" // a socket of the gateway is the flow's one end
-	case !p.ToUser:
+	case !p.is.has(toUser):
 		return "kernel"
-	case p.forced || p.OneWay || filtered || p.standing.rule != nil && p.standing.rule.NoKernelMode:
+	case p.is.has(forced) || p.oneWay() || filtered || p.judgement().noKernelMode():
 		return "user"
 	}
 	return "asked"
@@ -123,7 +131,7 @@ func (p *permission) path(filtered bool) string {
 // filtered says whether data filters stand ready for all flows of a permission.
 // A factory is asked about each one, and may make none.
 func (p *permission) filtered() bool {
-	c := p.object
+	c := p.object()
 	if c == nil {
 		return false
 	}

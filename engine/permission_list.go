@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"hash/maphash"
 	"net/netip"
 	"slices"
 	"sync"
@@ -13,18 +14,35 @@ import (
 // permKey finds the permissions of a flow by what the kernel's sets match too.
 type permKey struct {
 	proto  flow.Proto
-	client netip.Addr // of an outbound one
-	dst    netip.AddrPort
+	dst    compactAddr
+	client compactAddr // without a port; zero where dst is an address of the gateway
+}
+
+// toGateway is the key of what leads on from an address of the gateway, for
+// whomever.
+func toGateway(proto flow.Proto, dst netip.AddrPort) permKey {
+	return permKey{proto: proto, dst: compactOf(dst)}
+}
+
+// toTarget is the key of what lets a client go to a target as it is.
+func toTarget(proto flow.Proto, client netip.Addr, dst netip.AddrPort) permKey {
+	return permKey{proto, compactOf(dst), compactOf(netip.AddrPortFrom(client, 0))}
 }
 
 func (p *permission) key() permKey {
+	if !p.inbound() && !p.near.isValid() {
+		return toTarget(p.proto, p.session.addr, p.target())
+	}
+	return toGateway(p.proto, p.at())
+}
+
+// at is the gateway's address that flows come to; invalid: they go to their
+// target.
+func (p *permission) at() netip.AddrPort {
 	if p.inbound() {
-		return permKey{proto: p.Proto, dst: p.External}
+		return p.external()
 	}
-	if p.Via.IsValid() {
-		return permKey{proto: p.Proto, client: p.Client.Addr(), dst: p.Via}
-	}
-	return permKey{proto: p.Proto, client: p.Client.Addr(), dst: p.Target}
+	return p.via()
 }
 
 // leavingKey finds the bind from which a client's flows leave by a network rule.
@@ -55,18 +73,83 @@ func (s *permissions) leavesFrom(networkRule string, t flow.Tuple) netip.AddrPor
 // before that of a permission or a session, never after.
 type permissions struct {
 	mu       sync.Mutex
-	byKey    map[permKey][]*permission    // oldest first
+	byKey    keyed
 	byClient map[netip.Addr]int           // that wait
 	leaving  map[leavingKey][]*permission // where what clients send leaves from a bind; oldest first
-	vias     map[permKey]int              // addresses that lead to targets, without the client
 	count    atomic.Int64                 // of byKey
 }
 
 func (s *permissions) init() {
-	s.byKey = make(map[permKey][]*permission)
+	s.byKey.init()
 	s.byClient = make(map[netip.Addr]int)
-	s.vias = make(map[permKey]int)
 	s.leaving = make(map[leavingKey][]*permission)
+}
+
+// keyed are permissions by their keys. A key is kept as its hash alone, since
+// the permission has it; and nearly always one permission has a key.
+type keyed struct {
+	seed  maphash.Seed
+	first map[uint64]*permission   // the oldest one of a hash
+	later map[uint64][]*permission // the others, oldest first
+}
+
+func (k *keyed) init() {
+	k.seed = maphash.MakeSeed()
+	k.first, k.later = make(map[uint64]*permission), make(map[uint64][]*permission)
+}
+
+func (k *keyed) hash(key permKey) uint64 { return maphash.Comparable(k.seed, key) }
+
+func (k *keyed) add(p *permission) {
+	h := k.hash(p.key())
+	if k.first[h] == nil {
+		k.first[h] = p
+		return
+	}
+	k.later[h] = append(k.later[h], p)
+}
+
+// remove says whether the permission was there.
+func (k *keyed) remove(p *permission) bool {
+	h := k.hash(p.key())
+	if k.first[h] != p {
+		return without(k.later, h, p)
+	}
+	if later := k.later[h]; len(later) > 0 {
+		k.first[h] = later[0]
+		return without(k.later, h, later[0])
+	}
+	delete(k.first, h)
+	return true
+}
+
+// appendTo adds those of a key to a list, oldest first.
+func (k *keyed) appendTo(list []*permission, key permKey) []*permission {
+	h := k.hash(key)
+	if p := k.first[h]; p != nil && p.key() == key {
+		list = append(list, p)
+	}
+	for _, p := range k.later[h] {
+		if p.key() == key {
+			list = append(list, p)
+		}
+	}
+	return list
+}
+
+// has says whether any permission has a key. Where two keys have one hash it may
+// say so of both.
+func (k *keyed) has(key permKey) bool { return k.first[k.hash(key)] != nil }
+
+func (k *keyed) all() []*permission {
+	out := make([]*permission, 0, len(k.first))
+	for _, p := range k.first {
+		out = append(out, p)
+	}
+	for _, same := range k.later {
+		out = append(out, same...)
+	}
+	return out
 }
 
 // add takes the permissions of one call in, all of them or none, within the
@@ -80,7 +163,7 @@ func (s *permissions) add(quota int, perms ...*permission) error {
 		return filterapi.ErrQuota
 	}
 	for _, p := range perms {
-		if s.taken(p, p.Client, p.External) {
+		if p.inbound() && s.taken(p, p.near, p.far) {
 			return filterapi.ErrAlreadyExists
 		}
 	}
@@ -89,9 +172,9 @@ func (s *permissions) add(quota int, perms ...*permission) error {
 		return filterapi.ErrTerminating
 	}
 	for _, p := range perms {
-		p.counted = true
+		p.listed = true
 		p.mu.Lock()
-		p.granted = true
+		p.is.set(granted, true)
 		p.mu.Unlock()
 		s.byClient[owner.addr]++
 		owner.perms[p] = struct{}{}
@@ -106,7 +189,7 @@ func (s *permissions) adopt(p *permission) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p.mu.Lock()
-	p.granted = true
+	p.is.set(granted, true)
 	p.mu.Unlock()
 	p.session.perms[p] = struct{}{}
 	s.list(p)
@@ -123,42 +206,40 @@ func (s *permissions) room(client netip.Addr, n, quota int) bool {
 
 // taken says whether another bind has the external address, of another session
 // or for another client, or borrows the same mapping. mu is held.
-func (s *permissions) taken(p *permission, client, external netip.AddrPort) bool {
-	if !p.inbound() || !external.IsValid() || p.isEmulated() {
+func (s *permissions) taken(p *permission, client, external compactAddr) bool {
+	if !external.isValid() || !p.opens() {
 		return false
 	}
-	return slices.ContainsFunc(s.byKey[permKey{proto: p.Proto, dst: external}], func(old *permission) bool {
-		same := old.Client == client && (old.session == p.session || p.borrows && old.mapping == p.mapping) && !(p.borrows && old.borrows)
-		return old != p && !same && old.waits() && !old.isEmulated() && old.session.lives()
+	return slices.ContainsFunc(s.byKey.appendTo(nil, permKey{proto: p.proto, dst: external}), func(old *permission) bool {
+		same := old.near == client && (old.session == p.session || p.borrows() && old.mapping() == p.mapping()) && !(p.borrows() && old.borrows())
+		return old.inbound() && old != p && !same && old.waits() && old.opens() && old.session.lives()
 	})
 }
 
 // list makes a permission known to find. mu is held.
 func (s *permissions) list(p *permission) {
-	s.byKey[p.key()] = append(s.byKey[p.key()], p)
+	s.byKey.add(p)
 	s.count.Add(1)
-	if p.Leaves != "" {
-		at := leavingKey{p.Leaves, p.Proto, p.Client}
+	if at, leaves := p.leavingKey(); leaves {
 		s.leaving[at] = append(s.leaving[at], p)
 	}
-	if p.Via.IsValid() {
-		s.vias[permKey{proto: p.Proto, dst: p.Via}]++
+}
+
+func (p *permission) leavingKey() (at leavingKey, leaves bool) {
+	if p.bind == nil || p.bind.leaves == "" {
+		return leavingKey{}, false
 	}
+	return leavingKey{p.bind.leaves, p.proto, p.near.addrPort()}, true
 }
 
 // unlist takes that back. mu is held.
 func (s *permissions) unlist(p *permission) {
-	if !without(s.byKey, p.key(), p) {
+	if !s.byKey.remove(p) {
 		return
 	}
 	s.count.Add(-1)
-	without(s.leaving, leavingKey{p.Leaves, p.Proto, p.Client}, p)
-	if !p.Via.IsValid() {
-		return
-	}
-	via := permKey{proto: p.Proto, dst: p.Via}
-	if s.vias[via]--; s.vias[via] == 0 {
-		delete(s.vias, via)
+	if at, leaves := p.leavingKey(); leaves {
+		without(s.leaving, at, p)
 	}
 }
 
@@ -183,7 +264,7 @@ func (s *permissions) address(p *permission, client netip.AddrPort) (before neti
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p.mu.Lock()
-	awaiting, waits, before := p.awaiting, p.state == permWaiting, p.External
+	awaiting, waits, before := p.bind.awaiting, p.state == permWaiting, p.external()
 	p.mu.Unlock()
 	switch {
 	case !awaiting:
@@ -195,7 +276,7 @@ func (s *permissions) address(p *permission, client netip.AddrPort) (before neti
 	if !external.IsValid() {
 		external = client
 	}
-	if s.taken(p, client, external) {
+	if s.taken(p, compactOf(client), compactOf(external)) {
 		return before, filterapi.ErrAlreadyExists
 	}
 	s.move(p, client, external, false)
@@ -213,24 +294,24 @@ func (s *permissions) move(p *permission, client, external netip.AddrPort, await
 	_, listed := p.session.perms[p]
 	s.unlist(p)
 	p.mu.Lock()
-	p.Client, p.External, p.awaiting = client, external, awaiting
+	p.near, p.far, p.bind.awaiting = compactOf(client), compactOf(external), awaiting
 	p.mu.Unlock()
 	if listed {
 		s.list(p)
 	}
-	p.object.mu.Lock()
-	if !p.object.named {
-		p.object.name = external
+	c := p.object()
+	c.mu.Lock()
+	if !c.named {
+		c.name = external
 	}
-	p.object.mu.Unlock()
+	c.mu.Unlock()
 }
 
-// isEmulated says whether a filter plays the gateway's end, so that nothing is
-// opened.
-func (p *permission) isEmulated() bool {
+// opens is false where a filter plays the gateway's end.
+func (p *permission) opens() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.emulated
+	return !p.isEmulated()
 }
 
 func (p *permission) waits() bool {
@@ -243,10 +324,10 @@ func (p *permission) waits() bool {
 func (s *permissions) discharge(p *permission) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !p.counted {
+	if !p.listed {
 		return
 	}
-	p.counted = false
+	p.listed = false
 	if s.byClient[p.session.addr]--; s.byClient[p.session.addr] == 0 {
 		delete(s.byClient, p.session.addr)
 	}
@@ -265,7 +346,7 @@ func (s *permissions) drop(p *permission) {
 func (s *permissions) leads(t flow.Tuple) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.vias[permKey{proto: t.Proto, dst: t.Dst}] > 0
+	return slices.ContainsFunc(s.byKey.appendTo(nil, toGateway(t.Proto, t.Dst)), func(p *permission) bool { return !p.inbound() })
 }
 
 // concern says whether any permission has to do with a flow.
@@ -275,30 +356,26 @@ func (s *permissions) concern(t flow.Tuple) bool {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	any := permKey{proto: t.Proto, dst: t.Dst}
-	return s.vias[any] > 0 || len(s.byKey[any]) > 0 || len(s.byKey[permKey{t.Proto, t.Src.Addr(), t.Dst}]) > 0
+	return s.byKey.has(toGateway(t.Proto, t.Dst)) || s.byKey.has(toTarget(t.Proto, t.Src.Addr(), t.Dst))
 }
 
 // find gives the permissions that may have let a flow in, oldest first.
 func (s *permissions) find(t flow.Tuple) []*permission {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := s.byKey[permKey{t.Proto, t.Src.Addr(), t.Dst}]
-	in := s.byKey[permKey{proto: t.Proto, dst: t.Dst}]
-	if len(in) == 0 {
-		return out[:len(out):len(out)]
+	list := s.byKey.appendTo(nil, toTarget(t.Proto, t.Src.Addr(), t.Dst))
+	outbound := len(list)
+	list = s.byKey.appendTo(list, toGateway(t.Proto, t.Dst))
+	if len(list) == outbound {
+		return list
 	}
-	return append(out[:len(out):len(out)], in...)
+	return slices.DeleteFunc(list, func(p *permission) bool { return !p.inbound() && p.session.addr != t.Src.Addr() })
 }
 
 func (s *permissions) all() []*permission {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := make([]*permission, 0, len(s.byKey))
-	for _, same := range s.byKey {
-		out = append(out, same...)
-	}
-	return out
+	return s.byKey.all()
 }
 
 func (s *permissions) of(owner *session) []*permission {

@@ -38,7 +38,7 @@ func (e *Engine) grant(perms ...*permission) error {
 		if !e.stands(p) {
 			return filterapi.ErrPolicyDenied
 		}
-		e.expireAfter(p, p.Timeout)
+		e.expireAfter(p, p.timeout)
 	}
 	for _, p := range perms {
 		p.mu.Lock()
@@ -55,7 +55,7 @@ func (e *Engine) grant(perms ...*permission) error {
 // that discards waits for somebody to allow it.
 func (e *Engine) stands(p *permission) bool {
 	p.mu.Lock()
-	b, discarding := p.basis, p.discarding
+	b, discarding := p.basisLocked(), p.bind != nil && p.bind.discarding
 	p.mu.Unlock()
 	if e.inTheWay(p) {
 		return false
@@ -64,10 +64,13 @@ func (e *Engine) stands(p *permission) bool {
 		return true
 	}
 	v, err := e.judge(b)
-	if err != nil || p.Leaves != "" && (v.NetworkRule == nil || v.NetworkRule.Name != p.Leaves) {
+	if err != nil {
 		return false
 	}
-	return p.inbound() || p.primary.answers(p.Target) || p.session.joined(p.Proto, p.Target)
+	if p.inbound() {
+		return p.bind.leaves == "" || v.NetworkRule != nil && v.NetworkRule.Name == p.bind.leaves
+	}
+	return p.primary.answers(p.target()) || p.session.joined(p.proto, p.target())
 }
 
 // abandon voids what a call that failed has made.
@@ -88,7 +91,7 @@ func (e *Engine) rearm(p *permission, f *filterapi.IPFilter) error {
 		e.tasks.run(func() { _ = e.enforce(p) }) // it logs and tries again
 		return err
 	}
-	e.expireAfter(p, p.Timeout)
+	e.expireAfter(p, p.timeout)
 	if !p.waits() {
 		return filterapi.ErrTerminating
 	}
@@ -100,11 +103,10 @@ func (e *Engine) rearm(p *permission, f *filterapi.IPFilter) error {
 func (p *permission) setFilter(f, was *filterapi.IPFilter) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.state != permWaiting || was != nil && p.filter != was {
+	if p.state != permWaiting || was != nil && p.bind.filter != was {
 		return false
 	}
-	p.filter = f
-	p.setSources(f)
+	p.bind.setFilter(f)
 	return true
 }
 
@@ -113,12 +115,12 @@ func (p *permission) setFilter(f, was *filterapi.IPFilter) bool {
 // the kernel's word, which holds also against one that has become void since.
 func (e *Engine) usePermission(t flow.Tuple, kernel bool) *permission {
 	all := e.perms.find(t)
-	for _, late := range []bool{false, true} {
-		if late && !kernel {
+	for _, wasIn := range []bool{false, true} {
+		if wasIn && !kernel {
 			break
 		}
 		for _, p := range all {
-			if e.use(p, t, late, kernel) {
+			if e.use(p, t, wasIn, kernel) {
 				return p
 			}
 		}
@@ -128,18 +130,13 @@ func (e *Engine) usePermission(t flow.Tuple, kernel bool) *permission {
 
 // use counts one flow; false: the permission does not let it in. Whoever makes
 // the flow's connection calls introduced once its events have been raised.
-func (e *Engine) use(p *permission, t flow.Tuple, late, kernel bool) bool {
+func (e *Engine) use(p *permission, t flow.Tuple, wasIn, kernel bool) bool {
 	p.mu.Lock()
-	if !p.admits(t.Src.Addr(), late) {
+	if !p.admits(t.Src.Addr(), wasIn) {
 		p.mu.Unlock()
 		return false
 	}
-	p.flows++
-	p.unsettled++
-	if !kernel {
-		p.pending++
-	}
-	usedUp := !p.Multiple && p.endLocked(permUsed)
+	usedUp := p.count(kernel)
 	p.mu.Unlock()
 	if usedUp {
 		e.perms.discharge(p)
@@ -148,6 +145,18 @@ func (e *Engine) use(p *permission, t flow.Tuple, late, kernel bool) bool {
 		e.tasks.run(func() { _ = e.enforce(p) }) // it logs
 	}
 	return true
+}
+
+// count counts one flow that has come; true: it was the last. known: user space
+// does not hold its first packet. p.mu is held.
+func (p *permission) count(known bool) (usedUp bool) {
+	u := p.used()
+	u.flows++
+	u.unsettled++
+	if !known {
+		u.pending++
+	}
+	return !p.multiple && p.endLocked(permUsed)
 }
 
 // KernelUsed takes the kernel's word that the first packet of a flow was let
@@ -172,7 +181,7 @@ func (e *Engine) KernelUsed(first flow.Packet) {
 // over for the filters: the events name it.
 func (e *Engine) introduced(c *connection) {
 	p := c.perm
-	if p == nil || p.object == nil {
+	if p == nil || p.object() == nil {
 		return
 	}
 	p.mu.Lock()
@@ -202,7 +211,7 @@ func (e *Engine) end(p *permission) bool {
 	e.perms.discharge(p)
 	time.AfterFunc(lateReports, func() {
 		p.mu.Lock()
-		p.late = false
+		p.is.set(late, false)
 		p.mu.Unlock()
 		_ = e.enforce(p) // it logs
 	})
@@ -225,7 +234,7 @@ func (e *Engine) sever(c *connection) {
 		return
 	}
 	p.mu.Lock()
-	p.severed++
+	p.used().severed++
 	p.mu.Unlock()
 	_ = e.enforce(p) // it logs
 }
@@ -237,7 +246,7 @@ func (e *Engine) settle(c *connection) {
 	if c.severed {
 		defer func() {
 			c.perm.mu.Lock()
-			c.perm.severed--
+			c.perm.used().severed--
 			c.perm.mu.Unlock()
 		}()
 	}
@@ -262,8 +271,9 @@ func (e *Engine) passed(c *connection) {
 	}
 	p := c.perm
 	p.mu.Lock()
-	p.pending--
-	last := p.pending == 0 && p.state != permWaiting && p.ToUser
+	u := p.used()
+	u.pending--
+	last := u.pending == 0 && p.state != permWaiting && p.is.has(toUser)
 	p.mu.Unlock()
 	if last {
 		e.tasks.run(func() { _ = e.enforce(p) }) // it logs
@@ -273,11 +283,12 @@ func (e *Engine) passed(c *connection) {
 // unuse gives one use of a permission back. stood: it was established.
 func (e *Engine) unuse(p *permission, stood bool) {
 	p.mu.Lock()
-	p.flows--
+	u := p.used()
+	u.flows--
 	if !stood {
-		p.unsettled--
+		u.unsettled--
 	}
-	last := p.flows == 0 && p.state != permWaiting
+	last := u.flows == 0 && p.state != permWaiting
 	quiet := !stood && p.quiet()
 	p.mu.Unlock()
 	if last || quiet {
@@ -287,8 +298,8 @@ func (e *Engine) unuse(p *permission, stood bool) {
 
 // closeObject tells the filters that a bind's address is open no more.
 func (e *Engine) closeObject(p *permission) {
-	if p.object != nil {
-		e.farewell(p.object)
+	if c := p.object(); c != nil {
+		e.farewell(c)
 	}
 }
 
@@ -311,7 +322,7 @@ func (e *Engine) farewell(c *connection) {
 func (e *Engine) expireAfter(p *permission, d time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if d == 0 || p.state != permWaiting || p.fixed {
+	if d == 0 || p.state != permWaiting || p.is.has(fixed) {
 		return
 	}
 	e.expireLocked(p, d)
@@ -325,38 +336,37 @@ func (e *Engine) expireAt(p *permission, d time.Duration) bool {
 	if p.state != permWaiting {
 		return false
 	}
-	p.fixed = true
+	p.is.set(fixed, true)
 	e.expireLocked(p, d)
 	return true
 }
 
 // expireLocked sets the clock; 0 stops it. p.mu is held.
 func (e *Engine) expireLocked(p *permission, d time.Duration) {
-	if p.timer != nil {
-		p.timer.Stop()
-		p.timer, p.expiry = nil, time.Time{}
-	}
 	if d == 0 {
+		p.expiry = 0
+		e.deadlines.stop(p)
 		return
 	}
-	p.expiry = e.now().Add(d)
-	var mine *time.Timer
-	mine = time.AfterFunc(d, func() {
-		p.mu.Lock()
-		current := p.timer == mine // else it was started anew while it fired
-		p.mu.Unlock()
-		if current {
-			_ = e.void(p) // used up or cancelled meanwhile
-		}
-	})
-	p.timer = mine
+	p.expiry = e.deadlines.in(d)
+	e.deadlines.start(p, p.expiry)
 }
 
-// action is a permission as its filter holds it.
-type action struct {
-	e *Engine
-	p *permission
+// expire ends a permission whose deadline has come.
+func (e *Engine) expire(p *permission) {
+	p.mu.Lock()
+	due := p.expiry != 0 && !e.deadlines.has(p) // else the clock was started anew, or stopped
+	p.mu.Unlock()
+	if due {
+		_ = e.void(p) // used up or cancelled meanwhile
+	}
 }
+
+// action is a permission as its filter holds it: nothing is made for it.
+type action permission
 
 // Cancel implements filterapi.Action.
-func (a action) Cancel() error { return a.e.void(a.p) }
+func (a *action) Cancel() error {
+	p := (*permission)(a)
+	return p.session.e.void(p)
+}

@@ -41,16 +41,16 @@ func (e *Engine) enforce(p *permission) error {
 	}
 	if err != nil {
 		if want != holdsOpening {
-			e.log.Error("closing a permission failed; it is tried again", zap.Uint64("permission", p.ID), zap.Error(err))
+			e.log.Error("closing a permission failed; it is tried again", zap.Uint64("permission", p.id), zap.Error(err))
 			e.later(enforceAgain, func() { _ = e.enforce(p) }) // it logs
 		}
 		return err
 	}
-	if over && !p.freed {
-		p.freed = true
+	if over && p.did&wasAllDone == 0 {
+		p.did |= wasAllDone
 		e.perms.drop(p)
 		e.giveMappingBack(p)
-		if p.lease.IsValid() {
+		if p.leased {
 			e.unlease(p)
 		}
 	}
@@ -60,10 +60,10 @@ func (e *Engine) enforce(p *permission) error {
 // unlease returns the leased port. One that was never open need not rest, so
 // that a client which only ever asks cannot use them all up.
 func (e *Engine) unlease(p *permission) {
-	if p.opened {
-		e.ports.Return(p.Proto, p.lease)
+	if p.did&wasOpened != 0 {
+		e.ports.Return(p.proto, p.at())
 	} else {
-		e.ports.Unlease(p.Proto, p.lease)
+		e.ports.Unlease(p.proto, p.at())
 	}
 }
 
@@ -76,10 +76,10 @@ func (e *Engine) bring(p *permission, want inKernel, form nat.Permission, listen
 		}
 	}
 	switch {
-	case want == holdsNothing && p.inKernel != holdsNothing:
+	case want == holdsNothing && p.holds != holdsNothing:
 		err = e.kernel.Remove(context.Background(), form)
-	case want == holdsOpening, want == holdsTranslation && p.inKernel != holdsTranslation:
-		p.opened = true
+	case want == holdsOpening, want == holdsTranslation && p.holds != holdsTranslation:
+		p.did |= wasOpened
 		if want == holdsOpening {
 			p.noteOpening(true, e.now())
 		}
@@ -87,10 +87,10 @@ func (e *Engine) bring(p *permission, want inKernel, form nat.Permission, listen
 	}
 	switch {
 	case err != nil:
-		p.inKernel = holdsUnknown
+		p.holds = holdsUnknown
 		return err
 	case want != holdsWhatItHas:
-		p.inKernel = want
+		p.holds = want
 	}
 	if want != holdsOpening {
 		p.noteOpening(false, e.now())
@@ -117,12 +117,15 @@ func (p *permission) noteOpening(open bool, now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
-	case !open && p.openUntil.IsZero():
-		p.openUntil = now
-	case open && p.openSince.IsZero():
-		p.openSince = now
+	case !open:
+		if u := p.used(); u.openUntil == 0 {
+			u.openUntil = now.UnixNano()
+		}
+		return
+	case p.openSince == 0:
+		p.openSince = now.UnixNano()
 	}
-	if open {
-		p.openUntil = time.Time{}
+	if p.use != nil {
+		p.use.openUntil = 0
 	}
 }

@@ -38,7 +38,7 @@ func (s *session) publication(c *connection, v policy.Verdict) *permission {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p := s.published[key]
-	if p == nil || p.Client != v.Server {
+	if p == nil || p.near.addrPort() != v.Server {
 		p = newPublication(s, c.tuple, v)
 		if s.published == nil {
 			s.published = make(map[publicationKey]*permission)
@@ -46,37 +46,35 @@ func (s *session) publication(c *connection, v policy.Verdict) *permission {
 		s.published[key] = p
 	}
 	p.mu.Lock()
-	p.flows++
-	p.unsettled++
-	p.pending++
+	p.count(false)
 	p.mu.Unlock()
 	return p
 }
 
 func newPublication(s *session, t flow.Tuple, v policy.Verdict) *permission {
-	p := &permission{session: s, publication: v.Rule.Name, standing: standing{v.Rule, protocolName(v), v.Filters}}
-	p.ID = s.e.nextID()
-	p.Direction, p.Proto, p.Multiple, p.AnySource = nat.Inbound, t.Proto, true, true
-	p.Client, p.External, p.FromGateway = v.Server, t.Dst, v.Rule.Publication.FromGateway
-	p.object = &connection{
-		e: s.e, session: s, tuple: flow.Tuple{Proto: t.Proto, Dst: t.Dst}, start: s.e.now(), bind: p, name: t.Dst,
-		internalTranslation: p.FromGateway,
-	}
-	p.object.inherit(p)
+	p := &permission{id: s.e.nextID(), ground: &ground{
+		session: s, direction: nat.Inbound, proto: t.Proto, multiple: true,
+		judged: judged{standing: standing{v.Rule, protocolName(v), v.Filters}},
+	}}
+	p.far, p.near = compactOf(t.Dst), compactOf(v.Server)
+	p.bind = &bind{publication: v.Rule.Name, anySource: true, fromGateway: v.Rule.Publication.FromGateway}
+	p.makeObject(t.Dst)
+	p.object().internalTranslation = p.bind.fromGateway
 	return p
 }
 
 // published says whether a rule that publishes let the flow in.
-func (c *connection) published() bool { return c.perm != nil && c.perm.publication != "" }
+func (c *connection) published() bool { return c.perm != nil && c.perm.publication() != "" }
 
 // leave takes a flow off the bind that a rule made for it.
 func (e *Engine) leave(c *connection) {
 	p := c.perm
-	key := publicationKey{p.publication, p.Proto, p.External}
+	key := publicationKey{p.publication(), p.proto, p.external()}
 	c.session.mu.Lock()
 	p.mu.Lock()
-	p.flows--
-	last := p.flows == 0
+	u := p.used()
+	u.flows--
+	last := u.flows == 0
 	p.mu.Unlock()
 	if last && c.session.published[key] == p {
 		delete(c.session.published, key)
@@ -93,7 +91,7 @@ func (e *Engine) PublishedFlows() map[string][]flow.Tuple {
 	out := make(map[string][]flow.Tuple)
 	for _, c := range e.flows.all() {
 		if c.published() {
-			out[c.perm.publication] = append(out[c.perm.publication], c.tuple)
+			out[c.perm.publication()] = append(out[c.perm.publication()], c.tuple)
 		}
 	}
 	return out
@@ -102,17 +100,10 @@ func (e *Engine) PublishedFlows() map[string][]flow.Tuple {
 // inTheWay says whether an address of the gateway that a call was given is one at
 // which a server is published now.
 func (e *Engine) inTheWay(p *permission) bool {
-	at := p.Via
-	if p.inbound() {
-		p.mu.Lock()
-		at = p.External
-		pinhole := p.External == p.Client
-		p.mu.Unlock()
-		if pinhole {
-			return false
-		}
-	}
-	return at.IsValid() && e.Policy().PublishedAt(p.Proto, at) != nil
+	p.mu.Lock()
+	at, pinhole := p.at(), p.inbound() && p.far == p.near
+	p.mu.Unlock()
+	return at.IsValid() && !pinhole && e.Policy().PublishedAt(p.proto, at) != nil
 }
 
 // seen says from where an inbound flow reaches its client: as the peer itself,
@@ -127,11 +118,11 @@ func (e *Engine) seen(c *connection) Dial {
 		}
 		return d
 	}
-	if c.perm.FromGateway {
+	if c.perm.bind.fromGateway {
 		return hide(netip.Addr{})
 	}
 	server := d.Target.Addr()
-	if c.perm.External.Addr() == server {
+	if c.perm.external().Addr() == server {
 		return d // nothing is translated
 	}
 	to, _, _, err := e.routes.Lookup(server)

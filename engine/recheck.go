@@ -152,7 +152,7 @@ func (c *connection) info() FlowInfo {
 		i.Rule = c.rule.Name
 	}
 	if c.perm != nil && !c.published() {
-		i.Permission = c.perm.ID
+		i.Permission = c.perm.id
 	}
 	i.Translation = c.translation()
 	return i

@@ -34,7 +34,8 @@ type session struct {
 	handles  []*sessionHandle
 	peers    map[peerKey][]remembered // data filters for peers of the client's sockets
 
-	perms map[*permission]struct{} // under permissions.mu
+	perms   map[*permission]struct{} // under permissions.mu
+	grounds grounds
 
 	published map[publicationKey]*permission // with living flows; under mu
 }
@@ -208,8 +209,8 @@ func (e *Engine) voidAll(perms []*permission) {
 			continue // used up; it ends with its flow
 		}
 		changes.Go(func() { _ = e.enforce(p) }) // it logs
-		if p.object != nil && p.object.finish() {
-			e.terminating(p.object)
+		if c := p.object(); c != nil && c.finish() {
+			e.terminating(c)
 		}
 	}
 	changes.Wait()

@@ -9,6 +9,7 @@ import (
 
 	"github.com/sluicegw/sluice/filterapi"
 	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
 	"github.com/sluicegw/sluice/policy"
 )
 
@@ -198,8 +199,8 @@ func TestSocketsAskTheRulesOfTheirSession(t *testing.T) {
 func grant(t *testing.T, s filterapi.Session, primary filterapi.Connection, to netip.AddrPort) {
 	t.Helper()
 	h, c := s.(*sessionHandle), primary.(*connHandle).c
-	p := h.s.newPermission(terms{primary: c, basis: c.basis(), standing: standing{c.rule, c.protocol, c.uses}}, filterapi.Negotiated{Primary: primary, Proto: flow.TCP})
-	p.Target, p.Client, p.Direction = to, netip.AddrPortFrom(h.s.addr, 0), 1
+	p := h.s.newPermission(terms{primary: c, basis: c.basis(), standing: standing{c.rule, c.protocol, c.uses}}, filterapi.Negotiated{Primary: primary, Proto: flow.TCP}, ground{direction: nat.Outbound})
+	p.far = compactOf(to)
 	if err := h.s.e.grant(p); err != nil {
 		t.Fatal(err)
 	}
