@@ -169,13 +169,21 @@ func (t *Table) closeGates() {
 // sources begins with the source: it has both.
 func (h *holders) addresses() map[string]bool {
 	all := map[string]bool{}
-	for k := range h.slots {
+	note := func(k slotKey) {
 		size := len(familyOf(strings.HasSuffix(k.set, ipv6.suffix) && !ofNetworkRule(k.set)).unspecified.raw)
 		all[k.key[:size]] = true
 		if len(k.key) > size+8 { // protocol and port
 			all[k.key[size:2*size]] = true
 		}
 	}
+	for k := range h.slots {
+		note(k)
+	}
+	h.lone.each(func(p nat.Permission, until time.Time) {
+		for _, x := range heldOf(p, until) {
+			note(x.slot.at())
+		}
+	})
 	for _, r := range h.mapped.held {
 		all[string(r.inside[:])] = true
 		all[string(r.external[:])] = true

@@ -31,7 +31,7 @@ func many(n int) nat.Permission {
 	case 0:
 		p.Direction = nat.Outbound
 	case 1:
-		p.Direction, p.Client = nat.Inbound, netip.AddrPortFrom(client, port)
+		p.Direction, p.Client, p.Target = nat.Inbound, netip.AddrPortFrom(client, port), netip.AddrPort{}
 		p.External = netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, byte(n % 250), 1}), port)
 		p.Sources = []netip.Prefix{netip.MustParsePrefix("203.0.113.10/32")}
 	case 2:

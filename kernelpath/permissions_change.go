@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/sluicegw/sluice/nat"
 )
 
 // element is the slot with the time that is left of its longest holder; not
@@ -72,15 +74,24 @@ func (h *holders) transaction(now time.Time) *transaction {
 func (t *Table) restore(tx *transaction, old *existing, r Ruleset) int {
 	now, n := time.Now(), 0
 	fresh, outMaps := map[string][]element{}, r.outMapNames()
-	for k := range t.holders.slots {
-		if _, there := old.sets[k.set]; there || ofNetworkRule(k.set) && !outMaps[k.set] {
-			continue
+	again := func(x *held) {
+		set := x.slot.set
+		if _, there := old.sets[set]; there || ofNetworkRule(set) && !outMaps[set] {
+			return
 		}
-		if e, ok := t.holders.get(k).element(now); ok {
-			fresh[k.set] = append(fresh[k.set], e)
+		if e, ok := x.element(now); ok {
+			fresh[set] = append(fresh[set], e)
 			n++
 		}
 	}
+	for k := range t.holders.slots {
+		again(t.holders.get(k))
+	}
+	t.holders.lone.each(func(p nat.Permission, until time.Time) {
+		for _, x := range heldOf(p, until) {
+			again(x)
+		}
+	})
 	for id, record := range t.holders.mapped.held {
 		slots, err := slotsOf(record.permission(id))
 		for _, s := range slots {

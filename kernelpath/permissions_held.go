@@ -12,6 +12,9 @@ import (
 // in the kernel as long as at least one permission holds it. It is what makes
 // two permissions with the same key, and two versions of one, work.
 type holders struct {
+	// lone are the permissions that share nothing; the others have their slots
+	// here.
+	lone  loners
 	slots map[slotKey]packed
 	// shared has who holds a slot where that is more than one, or somebody
 	// beside the one in slots.
@@ -31,6 +34,9 @@ type holders struct {
 	outMaps map[string]bool
 	// newest is the version of a touched slot that nobody holds any more.
 	newest map[slotKey]slot
+	// made are the slots that the running transaction has added to lone: they need
+	// not be made again at once.
+	made map[slotKey]*held
 	// lingering are the slots that stay for a while after their permission, in
 	// the order of their ends but for those that linger for less.
 	lingering []lingerer
@@ -57,6 +63,14 @@ type held struct {
 type holding struct {
 	id    uint64
 	until time.Time
+}
+
+// holdingOf is that of a slot that is taken now.
+func holdingOf(id uint64, s slot, now time.Time) holding {
+	if s.elem.timeout == 0 {
+		return holding{id: id}
+	}
+	return holding{id, now.Add(s.elem.timeout)}
 }
 
 // set adds a holding or replaces it.
@@ -87,16 +101,19 @@ func (h *held) lingersUntil() (until time.Time) {
 
 func newHolders() holders {
 	return holders{
-		slots: map[slotKey]packed{}, shared: map[slotKey][]holding{}, byID: map[uint64][]slotKey{},
+		lone: newLoners(), slots: map[slotKey]packed{}, shared: map[slotKey][]holding{}, byID: map[uint64][]slotKey{},
 		names: map[string]string{}, gates: newGates(), mapped: mappings{held: map[uint64]mappedRecord{}},
 	}
 }
 
 // begin starts a transaction; undo takes everything back that was taken since.
 func (h *holders) begin() (undo func()) {
-	h.touched, h.newest = map[slotKey]*held{}, map[slotKey]slot{}
+	h.touched, h.newest, h.made = map[slotKey]*held{}, map[slotKey]slot{}, map[slotKey]*held{}
 	h.touchedIDs = map[uint64][]slotKey{}
 	return func() {
+		for id := range h.touchedIDs {
+			h.lone.remove(id)
+		}
 		for k, before := range h.touched {
 			h.put(k, before)
 		}
@@ -113,7 +130,7 @@ func (h *holders) begin() (undo func()) {
 }
 
 func (h *holders) end() {
-	h.touched, h.touchedIDs, h.newest, h.gates.opening, h.mapped.touched = nil, nil, nil, nil, nil
+	h.touched, h.touchedIDs, h.newest, h.made, h.gates.opening, h.mapped.touched = nil, nil, nil, nil, nil, nil
 }
 
 // touch keeps what a slot was before the transaction.
@@ -133,9 +150,9 @@ func (h *holders) take(c *change, now time.Time) {
 		return
 	}
 	remove := c.remove || err != nil
-	gate := h.gate(slots)
-	for _, s := range slots {
-		held := h.get(s.at())
+	gate, keys := h.gate(slots), keysOf(slots)
+	for i, s := range slots {
+		held := h.get(keys[i])
 		if !remove && (held != nil && !held.slot.same(s) && !held.only(id) || h.overlaps(s, gate, id)) {
 			err, remove = nat.ErrConflict, true
 		}
@@ -147,51 +164,77 @@ func (h *holders) take(c *change, now time.Time) {
 	if !remove {
 		h.gates.open(c.permission, now)
 	}
-	keys := make([]slotKey, 0, len(slots))
-	for _, s := range slots {
-		k := s.at()
-		if h.names[k.set] == "" {
-			h.names[k.set] = k.set
-		}
-		k.set = h.names[k.set]
+	for i, k := range keys {
 		h.touch(k)
-		h.newest[k] = s
-		if remove {
-			continue
-		}
-		x := h.get(k)
+		h.newest[k] = slots[i]
+	}
+	if !remove && !h.takeAlone(c.permission, slots, keys, now) {
+		h.takeSlots(id, slots, keys, now)
+	}
+}
+
+func keysOf(slots []slot) []slotKey {
+	keys := make([]slotKey, len(slots))
+	for i, s := range slots {
+		keys[i] = s.at()
+	}
+	return keys
+}
+
+// takeAlone keeps a permission none of whose slots anybody holds; false: it is
+// not such a one.
+func (h *holders) takeAlone(p nat.Permission, slots []slot, keys []slotKey, now time.Time) bool {
+	if slices.ContainsFunc(keys, h.has) {
+		return false
+	}
+	var until time.Time
+	if p.Timeout > 0 {
+		until = now.Add(p.Timeout)
+	}
+	if !h.lone.add(p, keys, until) {
+		return false
+	}
+	for i, s := range slots {
+		h.made[keys[i]] = &held{s, []holding{holdingOf(p.ID, s, now)}}
+	}
+	return true
+}
+
+// takeSlots keeps the slots of a permission, which others may hold as well.
+func (h *holders) takeSlots(id uint64, slots []slot, keys []slotKey, now time.Time) {
+	for i, s := range slots {
+		x := h.get(keys[i])
 		if x == nil {
 			x = &held{}
 		}
 		x.slot = s
-		var until time.Time
-		if s.elem.timeout > 0 {
-			until = now.Add(s.elem.timeout)
-		}
-		x.set(id, until)
-		h.put(k, x)
-		keys = append(keys, k)
+		x.set(id, holdingOf(id, s, now).until)
+		keys[i] = h.put(keys[i], x)
 	}
 	if len(keys) > 0 {
 		h.byID[id] = keys
 	}
 }
 
-// slotsFor are the slots of a permission in the sets and maps that there are.
-func (h *holders) slotsFor(p nat.Permission) ([]slot, error) {
-	if isMapping(p) && h.outMaps[h.mapped.namesOf(p.Leaves).out] {
-		return h.slotsOfMapped(recordOf(p)), nil
+// associate has a permission that shared nothing keep its slots among those of
+// others: somebody wants to share one of them, or it is about to change. Nothing
+// changes for the kernel.
+func (h *holders) associate(id uint64) {
+	slots, was := h.lone.remove(id)
+	if !was {
+		return
 	}
-	slots, err := slotsOf(p)
-	if have := h.withMaps(slots); len(have) < len(slots) {
-		return have, nat.ErrNoRule
+	keys := make([]slotKey, 0, len(slots))
+	for _, x := range slots {
+		keys = append(keys, h.put(x.slot.at(), x))
 	}
-	return slots, err
+	h.byID[id] = keys
 }
 
 // releaseAll takes a permission out of its slots. What lingers does so from
 // now on.
 func (h *holders) releaseAll(id uint64, now time.Time) {
+	h.associate(id)
 	if _, already := h.touchedIDs[id]; !already {
 		h.touchedIDs[id] = h.byID[id]
 	}
@@ -216,10 +259,22 @@ func (h *holders) release(id uint64, k slotKey, now time.Time) {
 	h.put(k, x)
 }
 
+// slotsFor are the slots of a permission in the sets and maps that there are.
+func (h *holders) slotsFor(p nat.Permission) ([]slot, error) {
+	if isMapping(p) && h.outMaps[h.mapped.namesOf(p.Leaves).out] {
+		return h.slotsOfMapped(recordOf(p)), nil
+	}
+	slots, err := slotsOf(p)
+	if have := h.withMaps(slots); len(have) < len(slots) {
+		return have, nat.ErrNoRule
+	}
+	return slots, err
+}
+
 // withMaps leaves out what would be in the map of a network rule that is not
-// there.
+// there. It owns the list.
 func (h *holders) withMaps(slots []slot) []slot {
-	return slices.DeleteFunc(slices.Clone(slots), func(s slot) bool { return ofNetworkRule(s.set) && !h.outMaps[s.set] })
+	return slices.DeleteFunc(slots, func(s slot) bool { return ofNetworkRule(s.set) && !h.outMaps[s.set] })
 }
 
 // loaded is told of the table's maps of network rules. What was in one that has

@@ -7,8 +7,8 @@ import (
 	"github.com/sluicegw/sluice/nat"
 )
 
-// packed is a held as it is kept. There may be very many, and nearly always one
-// permission holds it: what its set and its key say is not said again.
+// packed is a held as it is kept where permissions share slots: what its set and
+// its key say is not said again.
 type packed struct {
 	says  string // the value of an element, or the chain that it leads to
 	id    uint64
@@ -19,7 +19,10 @@ type packed struct {
 func (h *holders) get(k slotKey) *held {
 	x, ok := h.slots[k]
 	if !ok {
-		return nil
+		if made := h.made[k]; made != nil {
+			return made
+		}
+		return h.lone.find(k)
 	}
 	by := slices.Clone(h.shared[k])
 	if by == nil {
@@ -31,13 +34,22 @@ func (h *holders) get(k slotKey) *held {
 	return &held{k.slot(x.says), by}
 }
 
-// put keeps a held; nil: nothing more.
-func (h *holders) put(k slotKey, x *held) {
+// put keeps a held, under the key that is returned; nil: nothing more. Whoever
+// had the slot alone shares it from now on.
+func (h *holders) put(k slotKey, x *held) slotKey {
+	if alone := h.lone.find(k); alone != nil {
+		h.associate(alone.by[0].id)
+	}
+	delete(h.made, k)
 	delete(h.shared, k)
 	if x == nil || len(x.by) == 0 {
 		delete(h.slots, k)
-		return
+		return k
 	}
+	if h.names[k.set] == "" {
+		h.names[k.set] = k.set
+	}
+	k.set = h.names[k.set]
 	p := packed{says: x.slot.says(), id: x.by[0].id}
 	if !x.by[0].until.IsZero() {
 		p.until = x.by[0].until.UnixNano()
@@ -46,12 +58,13 @@ func (h *holders) put(k slotKey, x *held) {
 	if len(x.by) > 1 {
 		h.shared[k] = x.by
 	}
+	return k
 }
 
 // has says whether anybody holds a slot.
 func (h *holders) has(k slotKey) bool {
 	_, ok := h.slots[k]
-	return ok
+	return ok || h.made[k] != nil || h.lone.find(k) != nil
 }
 
 // holds is has for the slot.
