@@ -56,6 +56,7 @@ var orders = map[string]order{
 	"redirect":      (*Filter).redirect,
 	"future":        (*Filter).future,
 	"bind":          (*Filter).bind,
+	"many":          (*Filter).makeMany,
 	"allow-bind":    (*Filter).allowBind,
 	"factory":       (*Filter).factory,
 	"emulated-bind": (*Filter).emulatedBind,

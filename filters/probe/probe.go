@@ -45,6 +45,9 @@ type Filter struct {
 	controls map[filterapi.Connection]*control
 	tests    map[*test]bool
 	lastID   uint64
+
+	manyMu sync.Mutex
+	many   many // under manyMu
 }
 
 // socket is one of the gateway's own that a test has asked for.

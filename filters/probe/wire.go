@@ -79,6 +79,11 @@ type reply struct {
 	Flags    []string  `json:"flags,omitempty"`
 	Prefixes []string  `json:"prefixes,omitempty"`
 	Sessions []session `json:"sessions,omitempty"`
+	// What each of very many permissions takes, in bytes, and how long the last
+	// calls took, in microseconds.
+	Heap float64 `json:"heap,omitempty"`
+	P50  int64   `json:"p50,omitempty"`
+	P99  int64   `json:"p99,omitempty"`
 }
 
 type session struct {
