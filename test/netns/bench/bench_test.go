@@ -147,6 +147,10 @@ func TestReport(t *testing.T) {
 		t.Errorf("JSON: %v\n%s", err, out.String())
 	}
 	r.Rows = nil
+	r.skip(benchCase{name: "(z)"}, fmt.Errorf("%w: no such thing", errNotHere))
+	if table := r.table(); !strings.Contains(table, "| (z) | not measured: no such thing | | | | |\n") {
+		t.Errorf("nothing of what was not measured in\n%s", table)
+	}
 	r.add(benchCase{name: "(y)"}, got)
 	if !r.met() {
 		t.Error("a row for information misses")

@@ -107,7 +107,7 @@ func ftpThroughput(l *lane, length time.Duration) (a amount, err error) {
 		if _, err := x.ask("RETR "+longFile, "150"); err != nil {
 			return err
 		}
-		a, err = receive(fd, length)
+		a, _, err = receive(fd, length)
 		return err
 	})
 	return a, err

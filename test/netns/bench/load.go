@@ -65,7 +65,13 @@ func (a amount) rate() float64 { return a.units / a.time.Seconds() }
 
 // throughput reads from a server that sends what it can, and counts the bytes
 // after a warm-up. They are discarded in the kernel, tcp(7) MSG_TRUNC.
-func throughput(l *lane, p path, length time.Duration) (a amount, err error) {
+func throughput(l *lane, p path, length time.Duration) (amount, error) {
+	return throughputUntil(l, p, length, func(float64) error { return nil })
+}
+
+// throughputUntil is throughput that has check look at the flow before it ends;
+// total is all that has come of it, in bytes.
+func throughputUntil(l *lane, p path, length time.Duration, check func(total float64) error) (a amount, err error) {
 	err = inside(l.client, func() error {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
@@ -83,25 +89,33 @@ func throughput(l *lane, p path, length time.Duration) (a amount, err error) {
 		if err := unix.Connect(fd, dst); err != nil {
 			return fmt.Errorf("connect: %w", err)
 		}
-		a, err = receive(fd, length)
-		return err
+		var total float64
+		if a, total, err = receive(fd, length); err != nil {
+			return err
+		}
+		return check(total)
 	})
 	return a, err
 }
 
 // receive counts what comes after a warm-up, and discards it in the kernel.
-func receive(fd int, length time.Duration) (a amount, err error) {
+// total has the warm-up as well.
+func receive(fd int, length time.Duration) (a amount, total float64, err error) {
 	begun := time.Now()
 	b := make([]byte, 1<<20)
 	var from time.Time
 	for {
 		n, _, err := unix.Recvfrom(fd, b, unix.MSG_TRUNC)
-		if err != nil && !errors.Is(err, unix.EINTR) {
-			return a, fmt.Errorf("receive: %w", err)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return a, total, fmt.Errorf("receive: %w", err)
 		}
 		if n == 0 {
-			return a, errors.New("the flow ended early")
+			return a, total, errors.New("the flow ended early")
 		}
+		total += float64(n)
 		now := time.Now()
 		if from.IsZero() {
 			if now.Sub(begun) >= warmUp {
@@ -111,7 +125,7 @@ func receive(fd int, length time.Duration) (a amount, err error) {
 		}
 		a.units += float64(n)
 		if a.time = now.Sub(from); a.time >= length {
-			return a, nil
+			return a, total, nil
 		}
 	}
 }

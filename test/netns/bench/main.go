@@ -118,6 +118,10 @@ func run(ctx context.Context, o options) (met bool, err error) {
 			continue
 		}
 		r, err := measure(ctx, c, o)
+		if errors.Is(err, errNotHere) {
+			fmt.Fprintln(os.Stderr, report.skip(c, err).brief())
+			continue
+		}
 		if err != nil {
 			return false, fmt.Errorf("%s: %w", c.name, err)
 		}

@@ -86,6 +86,7 @@ func (s *stand) cases(length time.Duration) []benchCase {
 		{"(e) endpoint-independent mapping: new UDP flows, same endpoint", "1000/s", each, 0, 0, bare, s.mapped, s.bare, endpoint},
 		{"(e) endpoint-independent mapping: new UDP flows, new endpoints", "1000/s", each, 0, 0, bare, s.mapped, s.bare, endpoints},
 	}
+	list = slices.Insert(list, 3, s.flowtableCases(length)...)
 	list = append(list, s.ftpCases(length)...)
 	if s.sluice != nil {
 		return list

@@ -27,6 +27,7 @@ type row struct {
 	Expect   float64 `json:"expected,omitempty"` // at least; absent: for information
 	Most     float64 `json:"at_most,omitempty"`  // instead
 	Met      bool    `json:"met"`
+	Skipped  string  `json:"not_measured,omitempty"` // why; nothing else is said then
 	Samples  result  `json:"samples"`
 }
 
@@ -62,6 +63,13 @@ func (r *report) add(c benchCase, got result) row {
 	return x
 }
 
+// skip has the table say that a case cannot be here.
+func (r *report) skip(c benchCase, why error) row {
+	x := row{Case: c.name, Unit: c.unit, Baseline: c.baseline, Met: true, Skipped: why.Error()}
+	r.Rows = append(r.Rows, x)
+	return x
+}
+
 func (r *report) met() bool {
 	return !slices.ContainsFunc(r.Rows, func(x row) bool { return !x.Met })
 }
@@ -86,6 +94,10 @@ func (r *report) table() string {
 	fmt.Fprintf(&b, "Linux %s, %d processors; medians of %d rounds.\n\n", r.Kernel, r.Processors, r.Rounds)
 	fmt.Fprintf(&b, "| case | %s | baseline | ratio | spread | expected |\n|---|---|---|---|---|---|\n", subject)
 	for _, x := range r.Rows {
+		if x.Skipped != "" {
+			fmt.Fprintf(&b, "| %s | %s | | | | |\n", x.Case, x.Skipped)
+			continue
+		}
 		fmt.Fprintf(&b, "| %s | %s %s | %s: %s %s | **%.2f** | %.2f..%.2f | %s |\n",
 			x.Case, figure(x.Sluice), x.Unit, x.Baseline, figure(x.Than), x.Unit, x.Ratio, x.Min, x.Max, x.expectation(r.SelfCheck))
 	}
@@ -113,6 +125,9 @@ func verdict(met bool) string {
 
 // brief is a line for who watches the run.
 func (x row) brief() string {
+	if x.Skipped != "" {
+		return fmt.Sprintf("%-44s %s", x.Case, x.Skipped)
+	}
 	return fmt.Sprintf("%-44s %8s / %-8s %-7s ratio %.2f (%.2f..%.2f)", x.Case, figure(x.Sluice), figure(x.Than), x.Unit, x.Ratio, x.Min, x.Max)
 }
 
