@@ -4,6 +4,7 @@ import (
 	"errors"
 	"slices"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -68,6 +69,22 @@ func TestFTPFlows(t *testing.T) {
 				t.Fatalf("session %d: port %d to %v comes twice", n, port, s)
 			}
 			seen[key] = true
+		}
+	}
+}
+
+// The load of FTP, through the kernel's helper: each of its kinds has transfers.
+func TestFTPLoad(t *testing.T) {
+	s := &stand{}
+	t.Cleanup(s.close)
+	s.declareFTP(t.Context(), "")
+	if err := s.helper.up(); err != nil {
+		t.Fatal(err)
+	}
+	const length = 100 * time.Millisecond
+	for _, c := range s.ftpCases(length) {
+		if a, err := c.load(s.helper); err != nil || a.units == 0 || a.time <= 0 {
+			t.Errorf("%s: %v units in %v, %v", c.name, a.units, a.time, err)
 		}
 	}
 }

@@ -66,14 +66,15 @@ func (l *lane) build() error {
 			return err
 		}
 	}
-	// Neighbours stand still: no round waits for ARP.
+	// Neighbours stand still: no round waits for ARP. The sysctls come before the
+	// interfaces that take them over.
 	steps := strings.NewReplacer("CLIENT", l.client, "GW", l.gw, "SRV", l.srv).Replace(`
+		ip netns exec GW sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0
 		ip -n CLIENT link set lo up
 		ip -n GW link set lo up
 		ip -n SRV link set lo up
 		ip -n GW link add lan0 address 02:00:00:00:00:01 type veth peer name eth0 address 02:00:00:00:00:02 netns CLIENT
 		ip -n GW link add wan0 address 02:00:00:00:01:01 type veth peer name eth0 address 02:00:00:00:01:02 netns SRV
-		ip netns exec GW sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0
 		ip netns exec SRV sysctl -qw net.core.somaxconn=65535
 		ip -n CLIENT addr add 10.0.0.2/24 dev eth0
 		ip -n GW addr add 10.0.0.1/24 dev lan0
