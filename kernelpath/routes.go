@@ -32,19 +32,61 @@ const maxRoutes = 16384
 // Routes answers where an address is reached, as the kernel's tables say. It
 // implements engine.Routes. Safe for concurrent use.
 //
-// Answers are cached while Run listens to the kernel's changes, and only then.
+// Answers are cached while Run listens to the kernel's changes, and only then; see
+// routes_class.go.
 type Routes struct {
-	handle *rtnl.Handle
-	events *netlink.Conn
-	routes atomic.Pointer[routeCache] // nil: no cache
-	names  atomic.Pointer[nameCache]
+	handle  *rtnl.Handle
+	tables  *rtnl.Handle  // for whole tables, which take their time
+	changed chan struct{} // holds one: the classes are to be made anew
+	events  *netlink.Conn
+	routes  atomic.Pointer[routeCache] // nil: no cache
+	names   atomic.Pointer[nameCache]
 }
 
 // routeCache holds the answers between two changes. An answer that was asked
 // for before a change ends in the cache that the change has thrown away.
 type routeCache struct {
-	mu     sync.RWMutex
-	byAddr map[netip.Addr]routeAnswer
+	classes atomic.Pointer[classes] // nil: there are none, or none yet
+
+	mu      sync.RWMutex
+	byAddr  map[netip.Addr]routeAnswer
+	byClass map[class]routeAnswer
+}
+
+// get is what is known of an address.
+func (c *routeCache) get(dst netip.Addr) (routeAnswer, bool) {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	a, ok := c.byAddr[dst]
+	if ok {
+		return a, true
+	}
+	if of := c.classes.Load(); of != nil {
+		if k, in := of.of(dst); in {
+			if a, ok = c.byClass[k]; a.err != nil {
+				a.err = lookUpFailed(dst, a.err)
+			}
+		}
+	}
+	return a, ok
+}
+
+// keep keeps an answer: for all addresses that have the same, or for the one. The
+// gateway's own have each another.
+func (c *routeCache) keep(dst netip.Addr, a routeAnswer) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if of := c.classes.Load(); of != nil && !a.local {
+		if k, in := of.of(dst); in {
+			a.err = errors.Unwrap(a.err) // without the address
+			c.byClass[k] = a
+			return
+		}
+	}
+	if len(c.byAddr) >= maxRoutes {
+		clear(c.byAddr)
+	}
+	c.byAddr[dst] = a
 }
 
 type nameCache struct {
@@ -77,7 +119,13 @@ func NewRoutes() (*Routes, error) {
 		handle.Close()
 		return nil, fmt.Errorf("open route netlink socket: %w", err)
 	}
-	r := &Routes{handle: handle, events: events}
+	tables, err := rtnl.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		handle.Close()
+		events.Close()
+		return nil, fmt.Errorf("open route netlink socket: %w", err)
+	}
+	r := &Routes{handle: handle, tables: tables, changed: make(chan struct{}, 1), events: events}
 	for _, g := range routeGroups {
 		if err := events.JoinGroup(g); err != nil {
 			r.Close()
@@ -92,6 +140,7 @@ func (r *Routes) Close() error {
 	r.routes.Store(nil)
 	r.names.Store(nil)
 	r.handle.Close()
+	r.tables.Close()
 	return r.events.Close()
 }
 
@@ -106,6 +155,11 @@ func (r *Routes) Run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { r.events.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	r.forget(true)
+	looking, cancel := context.WithCancel(ctx)
+	var classifier sync.WaitGroup
+	defer classifier.Wait()
+	defer cancel()
+	classifier.Go(func() { r.classify(looking) })
 	for {
 		datagram, err := in.read()
 		switch {
@@ -138,7 +192,11 @@ func (r *Routes) forget(links bool) {
 	if links {
 		r.names.Store(&nameCache{byIndex: make(map[int]string)})
 	}
-	r.routes.Store(&routeCache{byAddr: make(map[netip.Addr]routeAnswer)})
+	r.routes.Store(&routeCache{byAddr: make(map[netip.Addr]routeAnswer), byClass: make(map[class]routeAnswer)})
+	select {
+	case r.changed <- struct{}{}:
+	default:
+	}
 }
 
 // Lookup gives the interface that leads to dst, for a packet without a mark,
@@ -150,21 +208,13 @@ func (r *Routes) Lookup(dst netip.Addr) (iface string, source netip.Addr, local 
 	dst = dst.Unmap()
 	cache := r.routes.Load()
 	if cache != nil {
-		cache.mu.RLock()
-		a, ok := cache.byAddr[dst]
-		cache.mu.RUnlock()
-		if ok {
+		if a, ok := cache.get(dst); ok {
 			return a.iface, a.source, a.local, a.err
 		}
 	}
 	a, keep := r.ask(dst)
 	if cache != nil && keep {
-		cache.mu.Lock()
-		if len(cache.byAddr) >= maxRoutes {
-			clear(cache.byAddr)
-		}
-		cache.byAddr[dst] = a
-		cache.mu.Unlock()
+		cache.keep(dst, a)
 	}
 	return a.iface, a.source, a.local, a.err
 }
@@ -175,9 +225,7 @@ func (r *Routes) Known(dst netip.Addr) (iface string, local, ok bool) {
 	if cache == nil {
 		return "", false, false
 	}
-	cache.mu.RLock()
-	defer cache.mu.RUnlock()
-	a, ok := cache.byAddr[dst.Unmap()]
+	a, ok := cache.get(dst.Unmap())
 	return a.iface, a.local, ok && a.err == nil
 }
 
@@ -207,11 +255,15 @@ func (r *Routes) AddressOf(iface string, is6 bool) (netip.Addr, error) {
 	return fail(ErrNoRoute)
 }
 
+func lookUpFailed(dst netip.Addr, err error) error {
+	return fmt.Errorf("look up route to %s: %w", dst, err)
+}
+
 // ask asks the kernel. keep: the answer is about the route, and holds until
 // the next change.
 func (r *Routes) ask(dst netip.Addr) (a routeAnswer, keep bool) {
 	fail := func(err error, keep bool) (routeAnswer, bool) {
-		return routeAnswer{err: fmt.Errorf("look up route to %s: %w", dst, err)}, keep
+		return routeAnswer{err: lookUpFailed(dst, err)}, keep
 	}
 	if !dst.IsValid() {
 		return fail(ErrNoRoute, false)

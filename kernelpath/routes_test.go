@@ -63,7 +63,7 @@ func TestRoutesWithAndWithoutCache(t *testing.T) {
 	eventually(t, "a cache", func() bool { return r.routes.Load() != nil })
 	checkRoutes(t, r) // fills
 	checkRoutes(t, r) // hits
-	if n := len(r.routes.Load().byAddr); n < 10 {
+	if n := len(r.routes.Load().byAddr) + len(r.routes.Load().byClass); n < 10 {
 		t.Errorf("%d answers are cached", n)
 	}
 	if _, _, _, err := r.Lookup(netip.Addr{}); !errors.Is(err, ErrNoRoute) {
