@@ -115,6 +115,8 @@ func (q *Queues) tooLate(f *inflight, t *engine.Takeover) (release bool) {
 }
 
 func (q *Queues) readyUDP(ctx context.Context, cancel context.CancelFunc, f *inflight, t *engine.Takeover) {
+	q.dialling.Add(1) // until the packet has gone; the answer ends the other one
+	defer q.dialling.Done()
 	defer cancel()
 	path := flow.Drop
 	if f.packet.Proto == flow.UDP {
