@@ -2,9 +2,14 @@ package kernelpath
 
 import (
 	"bytes"
+	"errors"
+	"net/netip"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/sluicegw/sluice/flow"
+	"github.com/sluicegw/sluice/nat"
 )
 
 // The short way to the elements of a mapping leads where the long one does.
@@ -35,5 +40,36 @@ func TestSlotsOfMapped(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// A mapping finds what a permission holds alone, and leaves it.
+func TestMappingMeetsPermission(t *testing.T) {
+	h := newHolders()
+	h.known, h.outMaps = true, map[string]bool{mapOut("out"): true, setKnown("out"): true}
+	take := func(p nat.Permission, remove bool) error {
+		h.begin()
+		defer h.end()
+		c := &change{permission: p, remove: remove}
+		h.take(c, time.Now())
+		for _, m := range h.transaction(time.Now()).msgs {
+			if remove && p.Mapped && strings.Contains(m.what, mapBind(ipv4)) {
+				t.Errorf("it takes away what the permission holds: %s", m.what)
+			}
+		}
+		return c.refused
+	}
+	m := nthMapping(1)
+	bind := nat.Permission{ID: 77, Direction: nat.Inbound, Proto: m.Proto, Multiple: true, AnySource: true, Client: m.Client, External: m.External}
+	elsewhere := bind
+	elsewhere.Client = netip.MustParseAddrPort("10.9.9.9:9")
+	if err := take(elsewhere, false); err != nil {
+		t.Fatal(err)
+	}
+	if err := take(m, false); !errors.Is(err, nat.ErrConflict) {
+		t.Errorf("another's external endpoint: %v", err)
+	}
+	if err := errors.Join(take(elsewhere, true), take(bind, false), take(m, false), take(m, true)); err != nil {
+		t.Error(err)
 	}
 }

@@ -67,13 +67,9 @@ func (h *holders) has(k slotKey) bool {
 	return ok || h.made[k] != nil || h.lone.find(k) != nil
 }
 
-// holds is has for the slot.
+// holds is has for a slot. It makes no key while nobody holds any.
 func (h *holders) holds(s *slot) bool {
-	if len(s.elem.end) > 0 {
-		return h.has(s.at())
-	}
-	_, ok := h.slots[slotKey{s.set, string(s.elem.key)}] // makes no string
-	return ok
+	return len(h.slots)+len(h.made)+len(h.lone.index) > 0 && h.has(s.at())
 }
 
 // says is what its key does not say: the value, or the chain of the verdict.
