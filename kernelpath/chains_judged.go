@@ -114,8 +114,10 @@ func (b *builder) upstreamZone() error {
 	arriving.onDemand = true
 	ifaces, every := b.upstreamInterfaces()
 	if every || len(ifaces) > 0 {
-		takeover := rule{oneOf(fieldL4Proto, protoValue(flow.TCP), protoValue(flow.UDP), protoValue(flow.ICMP), protoValue(flow.ICMPv6)),
-			is(fieldTransparent, byteValue("1", 1)), goTo("zone_socket")}
+		// Only packets of TCP and UDP, and ICMP errors about them, have a socket:
+		// asking for their protocol before would ask twice (nf_sk_lookup_slow_v4 in
+		// net/ipv4/netfilter/nf_socket_ipv4.c).
+		takeover := rule{is(fieldTransparent, byteValue("1", 1)), goTo("zone_socket")}
 		if every {
 			arriving.add(append(rule{isNot(fieldIIf, host32(`"lo"`, 1))}, takeover...)...)
 		} else {

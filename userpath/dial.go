@@ -24,7 +24,7 @@ var errDialTimeout = fmt.Errorf("no answer: %w", unix.ETIMEDOUT)
 // most connections do not live long enough to need, TCP_NODELAY and
 // keepalive, is set later (see tcpEnd.hurry and TCP.sweep).
 func startDial(d engine.Dial, marks flow.Marks) (fd int, err error) {
-	fd, err = unix.Socket(domainOf(d.Target.Addr()), unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	fd, err = rawSocket(domainOf(d.Target.Addr()))
 	if err != nil {
 		return -1, fmt.Errorf("make a socket: %w", err)
 	}

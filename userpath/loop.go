@@ -120,7 +120,7 @@ func (l *loop) leave(f *tcpFlow) {
 // reported at once.
 func (l *loop) watch(f *tcpFlow, side int) error {
 	ev := unix.EpollEvent{Events: endEvents, Fd: f.slot<<1 | int32(side), Pad: f.gen}
-	if err := unix.EpollCtl(l.epfd, unix.EPOLL_CTL_ADD, f.ends[side].fd, &ev); err != nil {
+	if err := rawWatch(l.epfd, f.ends[side].fd, &ev); err != nil {
 		return fmt.Errorf("watch a socket: %w", err)
 	}
 	return nil
@@ -193,7 +193,7 @@ func (l *loop) limp() {
 // poller when something is: leaving with anything unread would lose its edge.
 func (l *loop) turn() (done bool, err error) {
 	for {
-		n, err := unix.EpollWait(l.epfd, l.events, 0)
+		n, err := rawEvents(l.epfd, l.events)
 		if err != nil && err != unix.EINTR {
 			return true, err
 		}

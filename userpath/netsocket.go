@@ -193,7 +193,7 @@ func (n *netSocket) Shutdown(abortive bool) error {
 	n.e.mu.RLock()
 	if !n.e.gone {
 		// An error says that the end broke, which its event tells as well.
-		unix.Shutdown(n.e.fd, unix.SHUT_WR)
+		rawShutdown(n.e.fd)
 	}
 	n.e.mu.RUnlock()
 	n.f.loop.post(n.f.settle)

@@ -226,7 +226,7 @@ func (f *tcpFlow) passEOF(dir int) {
 		return
 	}
 	// An error says that the end broke, which its event tells as well.
-	unix.Shutdown(dst.fd, unix.SHUT_WR)
+	rawShutdown(dst.fd)
 }
 
 // discard reads what nobody wants any more, so that the close is a FIN and not

@@ -3,7 +3,6 @@ package userpath
 import (
 	"fmt"
 	"net/netip"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -13,7 +12,7 @@ import (
 // setOwnMark gives a socket the mark of the gateway's upstream legs, so that
 // the ruleset knows its packets (SO_MARK; wants CAP_NET_ADMIN).
 func setOwnMark(fd int, marks flow.Marks) error {
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(marks.Value(flow.Own))); err != nil {
+	if err := rawSetInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(marks.Value(flow.Own))); err != nil {
 		return fmt.Errorf("set the socket's mark: %w", err)
 	}
 	return nil
@@ -24,9 +23,9 @@ func setOwnMark(fd int, marks flow.Marks) error {
 func setTransparent(fd int, is4 bool) error {
 	var err error
 	if is4 {
-		err = unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1)
+		err = rawSetInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1)
 	} else {
-		err = unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1)
+		err = rawSetInt(fd, unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1)
 	}
 	if err != nil {
 		return fmt.Errorf("make the socket transparent: %w", err)
@@ -37,7 +36,7 @@ func setTransparent(fd int, is4 bool) error {
 // setReuseAddr lets several sockets have one local address, also one that
 // lingers in TIME_WAIT, as long as none of them listens.
 func setReuseAddr(fd int) error {
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+	if err := rawSetInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
 		return fmt.Errorf("share the local address: %w", err)
 	}
 	return nil
@@ -47,7 +46,7 @@ func setReuseAddr(fd int) error {
 // and so can give one port to many flows (IP_BIND_ADDRESS_NO_PORT; the option
 // is of the IP level for IPv6 as well).
 func setLatePort(fd int) error {
-	if err := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1); err != nil {
+	if err := rawSetInt(fd, unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1); err != nil {
 		return fmt.Errorf("leave the port to connect: %w", err)
 	}
 	return nil
@@ -69,25 +68,11 @@ func sockaddrOf(a netip.AddrPort) unix.Sockaddr {
 	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
 }
 
-// localAddr is the address that a socket has. It and the accept loop use the
-// syscall package: x/sys asks for each socket's protocol as well, which is one
-// more system call.
+// localAddr is the address that a socket has.
 func localAddr(fd int) (netip.AddrPort, error) {
-	sa, err := syscall.Getsockname(fd)
+	name, err := rawName(fd)
 	if err != nil {
 		return netip.AddrPort{}, fmt.Errorf("ask for the socket's address: %w", err)
 	}
-	return addrPortOf(sa), nil
-}
-
-// addrPortOf is an address as system calls give it; invalid for anything that
-// is not IP.
-func addrPortOf(sa syscall.Sockaddr) netip.AddrPort {
-	switch sa := sa.(type) {
-	case *syscall.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
-	case *syscall.SockaddrInet6:
-		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), uint16(sa.Port))
-	}
-	return netip.AddrPort{}
+	return name, nil
 }

@@ -295,7 +295,7 @@ func (e *tcpEnd) hurry() {
 		return
 	}
 	if e.hasSent {
-		unix.SetsockoptInt(e.fd, unix.SOL_TCP, unix.TCP_NODELAY, 1)
+		rawSetInt(e.fd, unix.SOL_TCP, unix.TCP_NODELAY, 1)
 		e.nodelay = true
 	}
 	e.hasSent = true

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -72,7 +71,7 @@ func listenOn(addr netip.AddrPort) (file *os.File, port uint16, err error) {
 		}
 		return nil, 0, fmt.Errorf("listen on %s: %w", addr, err)
 	}
-	fd, err := unix.Socket(domainOf(addr.Addr()), unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	fd, err := rawSocket(domainOf(addr.Addr()))
 	if err != nil {
 		return fail(-1, err)
 	}
@@ -106,7 +105,7 @@ func (t *TCP) accept(listener *os.File, take func(fd int, from, to netip.AddrPor
 	// connection and calls it again, until the listener is closed.
 	err = raw.Read(func(lfd uintptr) bool {
 		for {
-			fd, sa, err := syscall.Accept4(int(lfd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+			fd, from, err := rawAccept(int(lfd))
 			switch {
 			case err == nil:
 				local, err := localAddr(fd)
@@ -115,7 +114,7 @@ func (t *TCP) accept(listener *os.File, take func(fd int, from, to netip.AddrPor
 					t.stats.acceptErrors.Add(1)
 					continue
 				}
-				take(fd, addrPortOf(sa), local)
+				take(fd, from, local)
 			case errors.Is(err, unix.EAGAIN):
 				return false
 			case outOfResources(err):
@@ -139,6 +138,6 @@ func outOfResources(err error) bool {
 
 // resetFD closes a TCP socket with a reset (RFC 9293, 3.10.4 ABORT).
 func resetFD(fd int) {
-	unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
+	rawAbort(fd)
 	rawClose(fd)
 }
