@@ -20,6 +20,7 @@ type stand struct {
 	many                *lane // Sluice with very many rules
 	c, callback         *lane // what accepts each first packet
 	loop, everyC        *lane // what reads and releases every packet: the gateway's loop, the same in C
+	batches             *lane // what accepts first packets many at a time
 	files, helper       *lane // Sluice with its FTP filter, and the kernel's helper
 	// other* take Sluice's place in a self-check.
 	otherBare, otherProxy *lane
@@ -52,6 +53,7 @@ func newStand(ctx context.Context, o options) (*stand, error) {
 	// This daemon listens for new flows, which costs all other lanes whose
 	// conntrack has events about 1 µs each: its cases come last.
 	s.mapped = sluice("sluice, mapping endpoints", mappedConfig)
+	s.batches = s.queueLane("libnetfilter_queue, in batches", firstRules, s.startC(ctx, o.accept, "32"))
 	s.c = s.queueLane("libnetfilter_queue", firstRules, s.startC(ctx, o.accept))
 	s.callback = s.queueLane("go-nfqueue", firstRules, s.startRole(ctx, roleCallback))
 	s.everyC = s.queueLane("libnetfilter_queue, every packet", everyRules, s.startC(ctx, o.accept))

@@ -66,6 +66,7 @@ func (s *stand) cases(length time.Duration) []benchCase {
 		{"(b) the same among 10,000 rules: UDP flows", "1000/s", each, 0.95, 0, bare, s.many, s.bare, udp(decided)},
 		{first + "UDP flows", "1000/s", each, 0.5, 0, bare, s.sluice, s.bare, flows},
 		{first + "UDP flows", "1000/s", each, 1, 0, c, s.sluice, s.c, flows},
+		{first + "UDP flows", "1000/s", each, 0, 0, "C, verdicts in batches", s.sluice, s.batches, flows},
 		{first + "UDP flows", "1000/s", each, 2, 0, callback, s.sluice, s.callback, flows},
 		{first + "TCP connections", "1000/s", each, 0, 0, bare, s.sluice, s.bare, conns},
 		{first + "TCP connections", "1000/s", each, 0, 0, c, s.sluice, s.c, conns},

@@ -88,9 +88,10 @@ func enqueue(ns string) error {
 }
 
 // startC runs the program on libnetfilter_queue.
-func (s *stand) startC(ctx context.Context, program string) func(*lane) error {
+func (s *stand) startC(ctx context.Context, program string, more ...string) func(*lane) error {
 	return func(l *lane) (err error) {
-		if l.daemon, err = start(l.gw, s.dir, nil, program, strconv.Itoa(laneQueue), strconv.Itoa(laneQueues), laneMarkText()); err != nil {
+		args := append([]string{program, strconv.Itoa(laneQueue), strconv.Itoa(laneQueues), laneMarkText()}, more...)
+		if l.daemon, err = start(l.gw, s.dir, nil, args...); err != nil {
 			return err
 		}
 		return l.daemon.await(ctx, func([]byte) bool { return queuesTaken(l.gw) })
