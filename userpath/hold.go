@@ -133,8 +133,8 @@ func (w *sweeper) sweep(now time.Duration, slow bool) {
 		for _, m := range w.moves {
 			w.v.requeue(m.heldPacket, m.number)
 		}
+		w.q.count.requeued.Add(uint64(len(w.moves))) // before anybody can see them elsewhere
 		w.v.flush()
-		w.q.count.requeued.Add(uint64(len(w.moves)))
 	}
 	if len(w.late) > 0 {
 		w.q.release(w.late...)

@@ -18,6 +18,7 @@ const (
 	nfqMsgPacket  = nfqSubsystem
 	nfqMsgVerdict = nfqSubsystem | 1
 	nfqMsgConfig  = nfqSubsystem | 2
+	nfqMsgBatch   = nfqSubsystem | 3 // a verdict on every packet up to an id
 
 	nfqaPacketHdr  = 1
 	nfqaVerdictHdr = 2

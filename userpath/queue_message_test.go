@@ -39,8 +39,7 @@ func TestParseQueued(t *testing.T) {
 }
 
 func TestParseNetlinkErrorNamesThePacket(t *testing.T) {
-	refused := appendVerdict(nil, labQueue, 4711, nfRepeat)
-	binary.NativeEndian.PutUint32(refused, uint32(len(refused)))
+	refused := appendVerdict(nil, labQueue, 4711, verdict{what: nfRepeat})
 	code := -int32(unix.ENOENT)
 	e, ok := parseNetlinkError(append(binary.NativeEndian.AppendUint32(nil, uint32(code)), refused...))
 	if !ok || e.errno != unix.ENOENT || !e.verdict || e.id != 4711 {

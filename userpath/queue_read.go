@@ -70,7 +70,10 @@ type reader struct {
 }
 
 func newReader(x *queue, s *queueSocket) *reader {
-	return &reader{x: x, q: x.q, sock: s, recv: newReceiver(s, &x.reading), v: newVerdicts(x.q.cfg.Marks, &x.q.count)}
+	r := &reader{x: x, q: x.q, sock: s, recv: newReceiver(s, &x.reading), v: newVerdicts(x.q.cfg.Marks, &x.q.count)}
+	// What is in a holding queue has a flow of its own to answer it.
+	r.v.reader = x.kind != holdingQueue
+	return r
 }
 
 // loop reads until the socket is closed. It never waits for anything but
@@ -130,6 +133,10 @@ func (r *reader) finish() {
 }
 
 func (r *reader) datagram(b []byte) {
+	if b == nil {
+		r.sock.held.Add(1) // whatever was cut off has no answer
+		return
+	}
 	for {
 		kind, _, body, rest, ok := netlinkMessage(b)
 		if !ok {
@@ -169,7 +176,8 @@ func (r *reader) packet(body []byte) {
 	h := heldPacket{sock: r.sock, id: m.id, mark: m.mark}
 	if !ok {
 		r.q.count.malformed.Add(1)
-		return // without an id there is nothing to answer
+		r.sock.held.Add(1) // without an id there is nothing to answer
+		return
 	}
 	tuple, flags, ok := flow.ParsePacket(m.payload)
 	opens := tuple.Proto != flow.TCP || flags&synFlags == flow.FlagSYN
@@ -198,7 +206,11 @@ func (r *reader) packet(body []byte) {
 		r.v.drop(h)
 		return
 	}
+	r.sock.held.Add(1) // before anybody can answer it
 	f, what, path := r.q.table.arrive(p, h, open, r.now, r.q.cfg.MaxHeld)
+	if what != arrivalNew && what != arrivalHeld {
+		r.sock.held.Add(-1)
+	}
 	switch what {
 	case arrivalNew:
 		f.queues = r.q

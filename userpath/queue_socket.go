@@ -38,6 +38,10 @@ type queueSocket struct {
 	portID uint32
 	nf     *nfqueue.Nfqueue
 	raw    syscall.RawConn
+	// held counts the packets of the queue that somebody else than its reader
+	// is to give a verdict on. It goes up in the reader, and down when the verdict
+	// was sent: what is never answered keeps it up.
+	held atomic.Int64
 	// early are packets that came before the bind was acknowledged.
 	early [][]byte
 	once  sync.Once

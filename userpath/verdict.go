@@ -15,11 +15,8 @@ const (
 	nfRepeat = 4 // the chain that queued the packet sees it again, with its mark
 )
 
-// Sizes of a verdict message without and with a mark.
-const (
-	verdictLen     = nlHeaderLen + nfGenLen + nlAttrLen + 8
-	verdictMarkLen = verdictLen + nlAttrLen + 4
-)
+// verdictLen is the size of a verdict message with a mark.
+const verdictLen = nlHeaderLen + nfGenLen + nlAttrLen + 8 + nlAttrLen + 4
 
 // maxVerdicts is how many verdicts go out in one send. The kernel carries
 // each accepted packet on its way inside that send, about 8 us apiece, so more
@@ -43,16 +40,28 @@ func pathVerdict(p flow.Path) uint32 {
 type verdicts struct {
 	marks flow.Marks
 	count *counters
-	sock  *queueSocket
-	buf   []byte
-	n     int
-	write func(fd uintptr) // made once: a closure for each send would be garbage
-	err   error
-	held  []heldPacket // room for release
+	// reader: these are the verdicts of the goroutine that reads the queue, on
+	// packets that nobody else has heard of. Else they are on held ones.
+	reader bool
+	sock   *queueSocket
+	buf    []byte
+	n      int              // packets
+	last   verdict          // what the last message in buf says,
+	lastAt int              // and where it begins
+	write  func(fd uintptr) // made once: a closure for each send would be garbage
+	err    error
+	held   []heldPacket // room for release
+}
+
+// verdict is what the kernel is to do with a packet.
+type verdict struct {
+	what   uint32
+	mark   uint32
+	marked bool // the packet gets the mark
 }
 
 func newVerdicts(marks flow.Marks, count *counters) *verdicts {
-	v := &verdicts{marks: marks, count: count, buf: make([]byte, 0, maxVerdicts*verdictMarkLen)}
+	v := &verdicts{marks: marks, count: count, buf: make([]byte, 0, maxVerdicts*verdictLen)}
 	v.write = func(fd uintptr) { v.err = sendNetlink(fd, v.buf) }
 	return v
 }
@@ -66,28 +75,35 @@ func (v *verdicts) path(h heldPacket, p flow.Path) {
 	if p == flow.Exhausted {
 		v.count.exhausted.Add(1)
 	}
-	v.room(h.sock)
-	v.buf = appendVerdict(v.buf, h.sock.number, h.id, nfRepeat)
-	v.buf = appendAttr32(v.buf, nfqaMark, v.marks.Put(h.mark, p))
-	v.closeMessage(verdictMarkLen)
+	v.add(h, verdict{nfRepeat, v.marks.Put(h.mark, p), true})
 }
 
 // drop adds a verdict that drops the packet.
 func (v *verdicts) drop(h heldPacket) {
 	v.count.dropped.Add(1)
-	v.plain(h, nfDrop)
+	v.add(h, verdict{what: nfDrop})
 }
 
 // requeue adds a verdict that moves the packet to another queue of the same
 // hook, with the mark that it has.
 func (v *verdicts) requeue(h heldPacket, number uint16) {
-	v.plain(h, nfQueue|uint32(number)<<16)
+	v.add(h, verdict{what: nfQueue | uint32(number)<<16})
 }
 
-func (v *verdicts) plain(h heldPacket, verdict uint32) {
+// add adds a verdict. Packets that follow each other in the queue and fare alike
+// share a message, which the kernel applies to every packet up to an id, in
+// their order: that spares it the parsing, the look-up and the lock for each.
+// A message may do so only while nobody else has a packet of the queue whose
+// verdict is still to come, or that one would go along with the others.
+func (v *verdicts) add(h heldPacket, d verdict) {
 	v.room(h.sock)
-	v.buf = appendVerdict(v.buf, h.sock.number, h.id, verdict)
-	v.closeMessage(verdictLen)
+	v.n++
+	if v.reader && v.n > 1 && v.last == d && h.sock.held.Load() == 0 {
+		extendVerdict(v.buf[v.lastAt:], h.id)
+		return
+	}
+	v.last, v.lastAt = d, len(v.buf)
+	v.buf = appendVerdict(v.buf, h.sock.number, h.id, d)
 }
 
 // room sends what is there when it belongs to another socket or is enough.
@@ -98,11 +114,6 @@ func (v *verdicts) room(s *queueSocket) {
 	v.sock = s
 }
 
-func (v *verdicts) closeMessage(size int) {
-	binary.NativeEndian.PutUint32(v.buf[len(v.buf)-size:], uint32(size))
-	v.n++
-}
-
 // flush sends what was collected. A send that fails is counted: its packets
 // are gone with the queue, or run into their deadline.
 func (v *verdicts) flush() {
@@ -110,20 +121,38 @@ func (v *verdicts) flush() {
 		return
 	}
 	v.err = nil
-	if err := v.sock.raw.Control(v.write); err != nil || v.err != nil {
+	err := v.sock.raw.Control(v.write)
+	switch failed := err != nil || v.err != nil; {
+	case failed && v.reader:
+		v.sock.held.Add(int64(v.n)) // no other verdict may cover these
+		fallthrough
+	case failed:
 		v.count.unsent.Add(uint64(v.n))
+	case !v.reader:
+		v.sock.held.Add(-int64(v.n))
 	}
 	v.buf, v.n, v.sock = v.buf[:0], 0, nil
 }
 
-// appendVerdict appends a verdict message without a mark; the caller fills in
-// its length.
-func appendVerdict(b []byte, number uint16, id, verdict uint32) []byte {
+// appendVerdict appends a verdict message on one packet.
+func appendVerdict(b []byte, number uint16, id uint32, d verdict) []byte {
+	start := len(b)
 	b = appendNfHeader(b, nfqMsgVerdict, unix.NLM_F_REQUEST, 0, number)
 	b = binary.NativeEndian.AppendUint16(b, nlAttrLen+8)
 	b = binary.NativeEndian.AppendUint16(b, nfqaVerdictHdr)
-	b = binary.BigEndian.AppendUint32(b, verdict)
-	return binary.BigEndian.AppendUint32(b, id)
+	b = binary.BigEndian.AppendUint32(b, d.what)
+	b = binary.BigEndian.AppendUint32(b, id)
+	if d.marked {
+		b = appendAttr32(b, nfqaMark, d.mark)
+	}
+	binary.NativeEndian.PutUint32(b[start:], uint32(len(b)-start))
+	return b
+}
+
+// extendVerdict has a verdict message stand for all packets up to an id.
+func extendVerdict(message []byte, id uint32) {
+	binary.NativeEndian.PutUint16(message[4:], nfqMsgBatch)
+	binary.BigEndian.PutUint32(message[nlHeaderLen+nfGenLen+nlAttrLen+4:], id)
 }
 
 func appendAttr32(b []byte, kind uint16, value uint32) []byte {
