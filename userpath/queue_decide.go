@@ -97,7 +97,7 @@ func (q *Queues) takeOver(f *inflight, t *engine.Takeover) (release bool) {
 	if !f.dials(cancelled(cancel)) {
 		cancel()
 	}
-	go q.readyUDP(ctx, cancel, f, t)
+	q.dialling.Go(func() { q.readyUDP(ctx, cancel, f, t) }) // until its packet has its verdict
 	return false
 }
 
