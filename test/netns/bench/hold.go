@@ -4,19 +4,29 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// hold makes n connections to a port and keeps them. A server for holdPort is
-// there as long. release closes all; it is for the caller also after an error.
-func (l *lane) hold(port uint16, n int) (release func(), err error) {
+// The servers that keep what they accept, under the rule of a path: one says
+// nothing, the other sends all that its clients' way takes.
+const (
+	idle     kind = 50
+	flooding kind = 51
+)
+
+// hold makes n connections to a server of its own and keeps them. release closes
+// all; it is for the caller also after an error.
+func (l *lane) hold(p path, k kind, n int) (release func(), err error) {
 	h := &holder{}
-	if port == holdPort {
-		if err := inside(l.srv, h.listen); err != nil {
-			return h.release, err
-		}
+	port := p.port(k)
+	if err := inside(l.srv, func() error { return h.listen(port) }); err != nil {
+		return h.release, err
+	}
+	if k == flooding {
+		h.served.Go(h.flood)
 	}
 	serial := l.next(n)
 	err = inside(l.client, func() error { return h.connect(serial, port, n) })
@@ -27,10 +37,12 @@ type holder struct {
 	fds      []int // of clients
 	listener int   // 0: none
 	served   sync.WaitGroup
-	accepted []int
+	over     atomic.Bool
+	mu       sync.Mutex
+	accepted []int // under mu
 }
 
-func (h *holder) listen() error {
+func (h *holder) listen(port uint16) error {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("socket: %w", err)
@@ -39,23 +51,43 @@ func (h *holder) listen() error {
 	if err := errors.Join(
 		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1),
 		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}),
-		unix.Bind(fd, &unix.SockaddrInet4{Port: int(holdPort)}),
+		unix.Bind(fd, &unix.SockaddrInet4{Port: int(port)}),
 		unix.Listen(fd, backlog),
 	); err != nil {
-		return fmt.Errorf("tcp port %d: %w", holdPort, err)
+		return fmt.Errorf("tcp port %d: %w", port, err)
 	}
 	h.served.Go(func() {
 		for {
 			c, _, err := unix.Accept4(fd, unix.SOCK_CLOEXEC)
 			switch {
 			case err == nil:
+				h.mu.Lock()
 				h.accepted = append(h.accepted, c)
+				h.mu.Unlock()
 			case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EBADF):
 				return // shut down
 			}
 		}
 	})
 	return nil
+}
+
+// flood fills every connection again and again, as the way to its client has
+// room.
+func (h *holder) flood() {
+	bytes := make([]byte, 64<<10)
+	for ; !h.over.Load(); time.Sleep(20 * time.Millisecond) {
+		h.mu.Lock()
+		all := h.accepted[:len(h.accepted):len(h.accepted)]
+		h.mu.Unlock()
+		for _, fd := range all {
+			for {
+				if n, err := unix.SendmsgN(fd, bytes, nil, nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL); err != nil || n == 0 {
+					break // full
+				}
+			}
+		}
+	}
 }
 
 // connect makes the connections, a bounded number at a time.
@@ -111,6 +143,7 @@ func (h *holder) dial(k uint32, port uint16) (int, error) {
 }
 
 func (h *holder) release() {
+	h.over.Store(true)
 	if h.listener != 0 {
 		_ = unix.Shutdown(h.listener, unix.SHUT_RD) // ends what serves it
 		h.served.Wait()

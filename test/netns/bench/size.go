@@ -48,17 +48,24 @@ func sizes(ctx context.Context, o options) (met bool, err error) {
 		}
 	}
 	var rows []sizeRow
-	for _, part := range []func() ([]sizeRow, error){
-		func() ([]sizeRow, error) { return idleConnections(s.sluice, connections) },
-		func() ([]sizeRow, error) { return slowReaders(s.sluice) },
-		func() ([]sizeRow, error) { return kernelFlows(s.bare, s.sluice, flows) },
+	for _, part := range []struct {
+		name    string
+		measure func() ([]sizeRow, error)
+	}{
+		{"idle connections", func() ([]sizeRow, error) { return idleConnections(s.sluice, connections) }},
+		{"held connections", func() ([]sizeRow, error) { return s.heldConnections(ctx, o, connections) }},
+		{"permissions", func() ([]sizeRow, error) { return s.heldPermissions(ctx, o) }},
+		{"flows of the kernel", func() ([]sizeRow, error) { return kernelFlows(s.bare, s.sluice, flows) }},
 	} {
+		if !strings.Contains(part.name, o.only) {
+			continue
+		}
 		if err := ctx.Err(); err != nil {
 			return false, fmt.Errorf("interrupted: %w", err)
 		}
-		more, err := part()
+		more, err := part.measure()
 		if err != nil {
-			return false, fmt.Errorf("%w; the daemon's last words: %s", err, tail(s.sluice.daemon.log))
+			return false, fmt.Errorf("%s: %w; the daemon's last words: %s", part.name, err, tail(s.sluice.daemon.log))
 		}
 		rows = append(rows, more...)
 	}
@@ -126,10 +133,6 @@ func memoryOf(status string) (float64, error) {
 	return 0, errors.New("the daemon's status says nothing of its memory")
 }
 
-// holdPort is the port, under the rule for user space, of a server that keeps
-// what it accepts.
-const holdPort = uint16(carried) + 50
-
 // idleConnections has n connections carried in user space, which say nothing.
 // The memory comes first: what a load leaves of the daemon's heap would hide
 // it.
@@ -138,7 +141,7 @@ func idleConnections(l *lane, n int) ([]sizeRow, error) {
 	if err != nil {
 		return nil, err
 	}
-	release, err := l.hold(holdPort, n)
+	release, err := l.hold(carried, idle, n)
 	defer func() { release() }()
 	if err != nil {
 		return nil, err
@@ -150,6 +153,8 @@ func idleConnections(l *lane, n int) ([]sizeRow, error) {
 	if err != nil {
 		return nil, err
 	}
+	memory := sizeRow{fmt.Sprintf("memory of the daemon for each of %d idle connections in user space", n), (after - before) / float64(n) / 1024, "KiB", 20}
+	fmt.Fprintf(os.Stderr, "%s: %s %s\n", memory.what, figure(memory.figure), memory.unit)
 	var with, without amount
 	if with, err = connect(l, carried, greet, 2*time.Second); err != nil {
 		return nil, err
@@ -163,36 +168,10 @@ func idleConnections(l *lane, n int) ([]sizeRow, error) {
 		return nil, err
 	}
 	return []sizeRow{
-		{fmt.Sprintf("memory of the daemon for each of %d idle connections in user space", n), (after - before) / float64(n) / 1024, "KiB", 20},
+		memory,
 		{"new connections a second in user space, beside none", without.rate() * each, "1000/s", 0},
 		{fmt.Sprintf("the same beside those %d: times slower", n), without.rate() / with.rate(), "", 0},
 	}, nil
-}
-
-// readers do not read, and slowFor is how long their server goes on.
-const (
-	readers = 200
-	slowFor = 2 * time.Second
-)
-
-// slowReaders have servers that send all they can.
-func slowReaders(l *lane) ([]sizeRow, error) {
-	before, err := l.daemon.memory()
-	if err != nil {
-		return nil, err
-	}
-	release, err := l.hold(carried.port(bulk), readers)
-	defer release()
-	if err != nil {
-		return nil, err
-	}
-	time.Sleep(slowFor) // of load
-	after, err := l.daemon.memory()
-	if err != nil {
-		return nil, err
-	}
-	return []sizeRow{{fmt.Sprintf("memory of the daemon for each of %d connections whose client does not read", readers),
-		math.Max(0, after-before) / readers / 1024, "KiB", 20}}, nil
 }
 
 // kernelFlows makes n flows that the kernel decides and carries, in the bare

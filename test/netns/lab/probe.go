@@ -44,6 +44,8 @@ import "encoding/json"
 //	redirect        targets, external -> addr, actions
 //	future          targets, external -> actions
 //	bind            clients, external, sources -> conns, addrs; conn and addr are the first
+//	many            kind (future, redirect, bind), local (the first client), remote (the first target), bytes
+//	                (how many) -> heap (bytes for each), p50, p99 (of a call, in µs): for the bench
 //	allow-bind      external, sources -> already
 //	factory         kind, external, do, chain, mode, priority, flags -> actions; do: none, fail, panic
 //	emulated-bind   local, external, on: InternalAddressTranslation -> conn, addr, flags
