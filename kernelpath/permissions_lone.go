@@ -33,7 +33,9 @@ func newLoners() loners {
 
 func (l *loners) hashID(id uint64) uint32 { return uint32(maphash.Comparable(l.seed, id)) }
 
-func (l *loners) hash(k slotKey) uint32 { return uint32(maphash.Comparable(l.seed, k)) }
+// hash is of the key alone: where a permission has the same one in several sets,
+// one entry does for all.
+func (l *loners) hash(k slotKey) uint32 { return uint32(maphash.String(l.seed, k.key)) }
 
 func (l *loners) at(place int32) (nat.Permission, time.Time) {
 	return unrecord(l.slabs[place&1].at(place >> 1))
@@ -81,8 +83,8 @@ func (l *loners) add(p nat.Permission, keys []slotKey, until time.Time) bool {
 	for _, k := range keys {
 		hashes = append(hashes, l.hash(k))
 	}
-	for i, h := range hashes {
-		if _, taken := l.index[h]; taken || slices.Contains(hashes[:i], h) {
+	for _, h := range hashes {
+		if _, taken := l.index[h]; taken {
 			return false
 		}
 	}

@@ -36,7 +36,7 @@ func (s *sessionFilter) HandleEvent(ctx context.Context, ev filterapi.Event) err
 	out.Event = f.lastID
 	a := f.answers[out.Kind]
 	if out.pass && out.Kind == "ConnectTCP" && a.Do == "" {
-		a = answer{Do: "attach", Mode: "quiet"}
+		a = answer{Do: "attach", Mode: "through"}
 	}
 	var wait chan answer
 	if a.Do == "hold" {
@@ -93,7 +93,11 @@ func (f *Filter) step(step string, a answer, ev filterapi.Event, conn filterapi.
 		}
 		return e.Destination.Deny()
 	case "attach":
-		return conn.AttachDataFilter(f.dataFilter(a), a.priority())
+		var df filterapi.DataFilter = f.dataFilter(a)
+		if a.Mode == "through" {
+			df = through{}
+		}
+		return conn.AttachDataFilter(df, a.priority())
 	case "attach-peer":
 		peer, err := addrPort(a.Peer)
 		if err != nil {

@@ -81,11 +81,18 @@ func permit(s filterapi.Session, a args, client netip.Addr, target netip.AddrPor
 		return s.AllowFutureConnect(filterapi.FutureConnect{Negotiated: n, Target: to})
 	case "redirect":
 		_, actions, err := s.RedirectConnections(filterapi.Redirect{Negotiated: n, Targets: []netip.AddrPort{to}})
-		return actions, err
+		if err != nil {
+			return nil, err
+		}
+		return actions[0], nil
 	case "bind":
-		return s.BindForClient(filterapi.Bind{
+		binds, err := s.BindForClient(filterapi.Bind{
 			Negotiated: n, Clients: []netip.AddrPort{netip.AddrPortFrom(client, to.Port())}, IPFilter: filterapi.OnlyFrom(to.Addr()),
 		})
+		if err != nil {
+			return nil, err
+		}
+		return binds[0], nil
 	}
 	return nil, fmt.Errorf("kind %q: %w", a.Kind, filterapi.ErrInvalidArgument)
 }

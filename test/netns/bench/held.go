@@ -41,46 +41,59 @@ func (s *stand) heldConnections(ctx context.Context, o options, connections int)
 		{"connections whose client does not read, spliced", carried, flooding, min(slowReaders, connections/2)},
 		{"connections whose client does not read, with a data filter", filtered, flooding, min(slowReaders, connections/2)},
 	} {
-		each, err := s.holding(ctx, o, c.p, c.k, c.n)
+		each, more, err := s.holding(ctx, o, c.p, c.k, c.n)
 		if err != nil {
 			return nil, fmt.Errorf("%d %s: %w", c.n, c.what, err)
 		}
-		rows = append(rows, sizeRow{fmt.Sprintf("memory of the daemon for each of %d %s", c.n, c.what), each / 1024, "KiB", 20})
+		row := sizeRow{fmt.Sprintf("memory of the daemon for each of %d %s", c.n, c.what), each / 1024, "KiB", 20}
+		if c.k == flooding && c.p == filtered {
+			row.most = 0 // the filter holds a buffer
+		}
+		rows = append(rows, row)
+		if c.k == flooding {
+			rows = append(rows, sizeRow{fmt.Sprintf("the same %v later: more than that", slowFor), more / 1024, "KiB", 1})
+		}
 	}
 	return rows, nil
 }
 
-// holding is what each of n connections takes of the daemon's memory.
-func (s *stand) holding(ctx context.Context, o options, p path, k kind, n int) (float64, error) {
+// holding is what each of n connections takes of the daemon's memory, and where
+// their servers flood them how much more it is after a while.
+func (s *stand) holding(ctx context.Context, o options, p path, k kind, n int) (each, more float64, err error) {
 	l, err := s.fresh(ctx, o, fmt.Sprintf("sluice, %d:%d held", p, k), gatewayConfig)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	// What is under way is in the sockets' buffers, of which the machine has as
 	// much as these let it.
 	for _, ns := range []string{l.client, l.gw, l.srv} {
 		for _, side := range []string{"rmem", "wmem"} {
 			if err := command("ip", "netns", "exec", ns, "sysctl", "-qw", "net.ipv4.tcp_"+side+"=4096 65536 262144"); err != nil {
-				return 0, err
+				return 0, 0, err
 			}
 		}
 	}
 	before, err := l.daemon.memory()
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	release, err := l.hold(p, k, n)
 	defer release()
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	if k == flooding {
 		time.Sleep(slowFor) // of load
 	} else if err := l.daemon.settle(); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	after, err := l.daemon.memory()
-	return math.Max(0, after-before) / float64(n), err
+	if err != nil || k != flooding {
+		return math.Max(0, after-before) / float64(n), 0, err
+	}
+	time.Sleep(slowFor) // of load
+	later, err := l.daemon.memory()
+	return math.Max(0, after-before) / float64(n), math.Max(0, later-after) / float64(n), err
 }
 
 // permissionSizes are of how many permissions of a kind each takes how much, and

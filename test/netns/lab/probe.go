@@ -29,7 +29,7 @@ import "encoding/json"
 //
 // A data filter has a chain (what it puts in front of each direction's first
 // bytes), a priority, and a mode: upper changes letters to capitals, echo sends
-// the client's own back, quiet reports no bytes.
+// the client's own back, quiet reports no bytes, through tells nothing at all.
 //
 // Ops, and the fields of Args that they read. Those that ask a session have
 // session; those that permit also conn (the primary; 0: none), proto, protocol,
