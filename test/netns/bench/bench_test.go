@@ -147,7 +147,7 @@ func TestReport(t *testing.T) {
 		t.Errorf("JSON: %v\n%s", err, out.String())
 	}
 	r.Rows = nil
-	r.skip(benchCase{name: "(z)"}, fmt.Errorf("%w: no such thing", errNotHere))
+	r.skip(benchCase{name: "(z)"}, notHere("no such thing"))
 	if table := r.table(); !strings.Contains(table, "| (z) | not measured: no such thing | | | | |\n") {
 		t.Errorf("nothing of what was not measured in\n%s", table)
 	}

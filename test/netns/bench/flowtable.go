@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"math"
 	"os/exec"
@@ -15,8 +14,10 @@ import (
 // turn looks for its flow in conntrack, where it must be marked as offloaded,
 // and have counters that are right.
 
-// errNotHere is a row that this kernel cannot have.
-var errNotHere = errors.New("not measured")
+// notHere is why this kernel cannot have a row.
+type notHere string
+
+func (n notHere) Error() string { return "not measured: " + string(n) }
 
 // flowtableCases are the rows of flows in a flowtable.
 func (s *stand) flowtableCases(length time.Duration) []benchCase {
@@ -40,7 +41,7 @@ func (s *stand) flowtableCases(length time.Duration) []benchCase {
 func (s *stand) offloaded(l *lane, load func() (amount, error)) (amount, error) {
 	const table = "table inet bench { flowtable f { hook ingress priority 0; devices = { lan0, wan0 }; }; }\n"
 	if err := commandInput(table, "ip", "netns", "exec", l.gw, "nft", "-c", "-f", "-"); err != nil {
-		return amount{}, fmt.Errorf("%w: this kernel has no flowtables", errNotHere)
+		return amount{}, notHere("this kernel has no flowtables")
 	}
 	return load()
 }

@@ -118,8 +118,8 @@ func run(ctx context.Context, o options) (met bool, err error) {
 			continue
 		}
 		r, err := measure(ctx, c, o)
-		if errors.Is(err, errNotHere) {
-			fmt.Fprintln(os.Stderr, report.skip(c, err).brief())
+		if why := notHere(""); errors.As(err, &why) {
+			fmt.Fprintln(os.Stderr, report.skip(c, why).brief())
 			continue
 		}
 		if err != nil {

@@ -64,7 +64,7 @@ func (r *report) add(c benchCase, got result) row {
 }
 
 // skip has the table say that a case cannot be here.
-func (r *report) skip(c benchCase, why error) row {
+func (r *report) skip(c benchCase, why notHere) row {
 	x := row{Case: c.name, Unit: c.unit, Baseline: c.baseline, Met: true, Skipped: why.Error()}
 	r.Rows = append(r.Rows, x)
 	return x
