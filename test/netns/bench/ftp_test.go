@@ -83,7 +83,12 @@ func TestFTPLoad(t *testing.T) {
 	}
 	const length = 100 * time.Millisecond
 	for _, c := range s.ftpCases(length) {
-		if a, err := c.load(s.helper); err != nil || a.units == 0 || a.time <= 0 {
+		a, err := c.load(s.helper)
+		// A machine that is busy may have no session done in so short a time.
+		for begun := time.Now(); err == nil && a.units == 0 && time.Since(begun) < 10*time.Second; {
+			a, err = c.load(s.helper)
+		}
+		if err != nil || a.units == 0 || a.time <= 0 {
 			t.Errorf("%s: %v units in %v, %v", c.name, a.units, a.time, err)
 		}
 	}
