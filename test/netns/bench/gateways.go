@@ -196,7 +196,7 @@ control: {socket: %s}
 func manyRules(config string, n int) string {
 	var networks, protocols, rules strings.Builder
 	for i := range n {
-		fmt.Fprintf(&networks, "  h%d: {prefixes: [10.128.%d.0/24]}\n", i, i)
+		fmt.Fprintf(&networks, "  h%d: {prefixes: [10.%d.%d.0/24]}\n", i, 128+i/256, i%256)
 		fmt.Fprintf(&protocols, "  p%d: {tcp: %d, udp: %d}\n", i, 20000+i, 20000+i)
 		for j := range n {
 			fmt.Fprintf(&rules, "  - {name: r%d-%d, action: allow, from: h%d, to: wan, protocols: p%d}\n", i, j, i, j)

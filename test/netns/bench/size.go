@@ -55,6 +55,7 @@ func sizes(ctx context.Context, o options) (met bool, err error) {
 		{"idle connections", func() ([]sizeRow, error) { return idleConnections(s.sluice, connections) }},
 		{"held connections", func() ([]sizeRow, error) { return s.heldConnections(ctx, o, connections) }},
 		{"permissions", func() ([]sizeRow, error) { return s.heldPermissions(ctx, o) }},
+		{"rules", func() ([]sizeRow, error) { return growingRules(ctx, s, o) }},
 		{"flows of the kernel", func() ([]sizeRow, error) { return kernelFlows(s.bare, s.sluice, flows) }},
 	} {
 		if !strings.Contains(part.name, o.only) {
