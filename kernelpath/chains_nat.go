@@ -55,8 +55,8 @@ func (b *builder) networkSets() error {
 		if len(n.Interfaces) > 1 {
 			b.set(interfaceSet(networkInterfaces(i), n.Name, n.Interfaces))
 		}
-		if s := prefixSet(networkPrefixes(i), n.Name, n.Prefixes); len(s.elems) > 0 {
-			b.set(s)
+		if four := prefixes4(n.Prefixes); len(four) > 1 {
+			b.set(prefixSet(networkPrefixes(i), n.Name, four))
 		}
 	}
 	return nil
@@ -82,10 +82,9 @@ func plainComment(s string) string {
 	return s
 }
 
-// prefixSet holds IPv4 prefixes. A prefix inside another one is left out: an
+// prefixes4 are the IPv4 prefixes in order. One inside another is left out: an
 // interval set refuses what overlaps.
-func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
-	s := &set{name: name, comment: plainComment(comment), key: []nftables.SetDatatype{nftables.TypeIPAddr}, interval: true}
+func prefixes4(prefixes []netip.Prefix) (disjoint []netip.Prefix) {
 	var four []netip.Prefix
 	for _, p := range prefixes {
 		if p.Addr().Is4() {
@@ -98,12 +97,18 @@ func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
 		}
 		return x.Bits() - y.Bits()
 	})
-	var last netip.Prefix
 	for _, p := range four {
-		if last.IsValid() && last.Overlaps(p) {
-			continue
+		if n := len(disjoint); n == 0 || !disjoint[n-1].Overlaps(p) {
+			disjoint = append(disjoint, p)
 		}
-		last = p
+	}
+	return disjoint
+}
+
+// prefixSet holds disjoint IPv4 prefixes.
+func prefixSet(name, comment string, prefixes []netip.Prefix) *set {
+	s := &set{name: name, comment: plainComment(comment), key: []nftables.SetDatatype{nftables.TypeIPAddr}, interval: true}
+	for _, p := range prefixes {
 		e := element{text: p.String(), key: p.Addr().AsSlice()}
 		if after := lastAddr(p).Next(); after.IsValid() {
 			e.end = after.AsSlice()
@@ -293,10 +298,14 @@ func (b *builder) between(from, to string) (rule, bool) {
 		if len(n.Prefixes) == 0 {
 			continue
 		}
-		if !slices.ContainsFunc(n.Prefixes, func(p netip.Prefix) bool { return p.Addr().Is4() }) {
+		switch four := prefixes4(n.Prefixes); len(four) {
+		case 0:
 			return nil, false
+		case 1: // some 10 ns; a look-up of ranges costs 140
+			r = append(r, within(side.addr, four[0]))
+		default:
+			r = append(r, in(networkPrefixes(at), side.addr))
 		}
-		r = append(r, in(networkPrefixes(at), side.addr))
 	}
 	return r, true
 }

@@ -3,6 +3,7 @@ package kernelpath
 import (
 	"encoding/binary"
 	"fmt"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -36,6 +37,15 @@ func maskCompare(f field, mask, want uint32, op expr.CmpOp, word string) stmt {
 	text := fmt.Sprintf("%s and 0x%08x %s 0x%08x", f.text, mask, word, want)
 	return stmt{text, func(c *code) {
 		c.add(f.load(1), bits(mask), &expr.Cmp{Op: op, Register: 1, Data: markValue(want).raw})
+	}}
+}
+
+// within matches an IPv4 address in a prefix:  ip saddr and 255.255.255.0 == 10.0.0.0
+func within(f field, p netip.Prefix) stmt {
+	key := firstBits(f, ipv4, p.Bits())
+	return stmt{fmt.Sprintf("%s == %s", key.text, p.Addr()), func(c *code) {
+		c.load([]field{key})
+		c.add(&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Addr().AsSlice()})
 	}}
 }
 
