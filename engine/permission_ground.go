@@ -33,7 +33,7 @@ func (x *grounds) share(g *ground) *ground {
 	return g
 }
 
-// grounds are those of a call that names a primary connection, or none.
+// groundsOf are those of the calls that name a primary connection, or none.
 func (s *session) groundsOf(primary *connection) *grounds {
 	if primary == nil {
 		return &s.grounds
