@@ -79,6 +79,7 @@ func (e *Engine) Recount(ctx context.Context, dump func(context.Context) ([]Livi
 // recount sets the numbers of flows. mappings.mu is held.
 func (e *Engine) recount(living []LivingFlow, journal map[flow.Tuple]journalled) {
 	x := &e.mappings
+	x.survey = nil // what it has found may be older than this
 	flows := make(map[*mapping]int32, len(x.byExternal))
 	peers := make(map[*mapping]map[netip.Addr]int32)
 	add := func(t flow.Tuple, tr flow.Translation) {

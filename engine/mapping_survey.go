@@ -86,6 +86,9 @@ func (e *Engine) surveyed(s *survey) {
 	x := &e.mappings
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	if x.survey != s {
+		return // all flows were counted anew
+	}
 	x.survey = nil
 	count := make(map[*mapping]int32, len(s.found))
 	for m, flows := range s.found {
