@@ -37,6 +37,9 @@ func (e *Engine) code(r *registered, what string, about *connection) *code {
 	return &code{e: e, r: r, what: what, about: about, begun: e.now()}
 }
 
+// errExited is the answer of a filter that ended its goroutine.
+var errExited = errors.New("the filter's code ended its goroutine")
+
 // ask runs a filter's code on a goroutine of its own, with a recover, and
 // waits no longer than ctx.
 func ask[T any](ctx context.Context, k *code, f func() (T, error)) (T, error) {
@@ -44,16 +47,16 @@ func ask[T any](ctx context.Context, k *code, f func() (T, error)) (T, error) {
 		value T
 		err   error
 	}
-	res := &result{}
+	res := &result{err: errExited} // unless it comes back, or panics
 	w := k.e.waits.begin(ctx)
 	go func() {
-		func() {
-			defer recovered(&res.err)
-			res.value, res.err = f()
+		defer func() {
+			if !w.over(true) {
+				k.answered()
+			}
 		}()
-		if !w.over(true) {
-			k.answered()
-		}
+		defer recovered(&res.err)
+		res.value, res.err = f()
 	}()
 	inTime := <-w.inTime
 	k.e.waits.end(w, inTime)

@@ -317,3 +317,45 @@ func TestMappingPeersWithoutFlows(t *testing.T) {
 		}
 	})
 }
+
+// The end of a flow that began without a word takes neither a mapping away that
+// user space or a bind holds, nor its port.
+func TestMappingHeldAmongUntoldEnds(t *testing.T) {
+	t.Run("flow in user space", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b, ports := mappingBench(t, mappingPolicy(t, nil))
+			to := func(port int) flow.Packet { return udpPacket("10.0.0.2:5000", fmt.Sprintf("203.0.113.10:%d", port)) }
+			b.carries(t, to(1))
+			x := b.kernel.only(t).External
+			m := b.mappings.byInside[insideKey{b.mappings.numberOf("internet"), flow.UDP, packed(ap("10.0.0.2:5000"))}]
+			b.hold(m, to(2).Dst.Addr(), 1)
+			b.ended(to(3), x)
+			time.Sleep(time.Hour)
+			if err := ports.LeaseExact(flow.UDP, x, 1); err == nil {
+				t.Fatalf("the port of a living flow, %s, is another's", x)
+			}
+			b.hold(m, to(2).Dst.Addr(), -1)
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			if ports.Leased() != 0 || !b.kernel.empty() {
+				t.Errorf("after its end: %d ports, kernel %v", ports.Leased(), b.kernel.held)
+			}
+		})
+	})
+	t.Run("bind", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b, s := mappedOffice(t, policy.FilterEndpointIndependent)
+			if _, err := claimed(s, 0, ""); err != nil {
+				t.Fatal(err)
+			}
+			_, _, x := b.kernel.openings()
+			leased := b.ports.Stats().Leased
+			b.ended(udpPacket("10.0.0.2:5000", "203.0.113.10:3"), x)
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			if now := b.ports.Stats().Leased; now != leased || len(b.Binds()) == 0 {
+				t.Errorf("%d ports are leased, %d were; binds: %v", now, leased, b.Binds())
+			}
+		})
+	})
+}

@@ -77,6 +77,7 @@ func (l *later) installed(err error) {
 	case err != nil:
 		e.tasks.run(func() {
 			e.abandonMapping(l.mapping)
+			e.closeBind(l.mapping) // one that a filter has opened meanwhile
 			l.refuse(refused{l.refusedPath(), flow.Failed, err.Error()})
 		})
 	case e.Policy() != l.rules:

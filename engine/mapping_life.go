@@ -17,7 +17,7 @@ import (
 // rest lets a mapping without a flow be until a time. x.mu is held.
 func (x *mappings) rest(m *mapping, until time.Time) {
 	m.idle = max(m.idle, until.UnixNano())
-	if m.flows <= 0 {
+	if !m.busy() {
 		x.idle[m] = struct{}{}
 	}
 }
@@ -82,7 +82,7 @@ func (e *Engine) mapped(t flow.Tuple, tr flow.Translation, by int32) {
 // count changes the number of flows of a mapping. mappings.mu is held.
 func (e *Engine) count(m *mapping, by int32) {
 	m.flows += by
-	if m.flows > 0 {
+	if m.busy() {
 		delete(e.mappings.idle, m)
 		if m.state == mappingLeaving && !e.mappings.adopting && (m.extra == nil || m.extra.change == nil) {
 			e.bringBack(m)
@@ -137,7 +137,7 @@ func (e *Engine) sweepMappings() {
 	now := e.now().UnixNano()
 	for m := range x.idle {
 		switch {
-		case m.flows > 0:
+		case m.busy():
 			delete(x.idle, m)
 		case x.over(m, now):
 			idle = append(idle, m)
@@ -151,7 +151,7 @@ func (e *Engine) sweepMappings() {
 	x.mu.Lock()
 	for _, m := range idle {
 		switch {
-		case m.flows > 0 || !x.over(m, now): // a packet has come
+		case m.busy() || !x.over(m, now): // a packet has come
 		case m.state == mappingLive:
 			m.state, m.idle = mappingLeaving, now
 			m.more().change = make(chan struct{})
@@ -172,7 +172,7 @@ func (e *Engine) sweepMappings() {
 	}
 	x.mu.Lock()
 	over = slices.DeleteFunc(over, func(m *mapping) bool {
-		again := m.state == mappingLive || m.flows > 0 || !x.over(m, now) // a packet has come
+		again := m.state == mappingLive || m.busy() || !x.over(m, now) // a packet has come
 		if !again {
 			x.drop(m)
 		}
@@ -214,7 +214,7 @@ func (e *Engine) takeOut(m *mapping) {
 	switch {
 	case err == nil:
 		m.opened = false
-		if m.flows > 0 && m.state == mappingLeaving {
+		if m.busy() && m.state == mappingLeaving {
 			e.bringBack(m)
 		}
 		return
@@ -288,7 +288,7 @@ func (e *Engine) remap() {
 func (e *Engine) retire(end []*mapping) {
 	for _, m := range end {
 		e.mappings.outlive(m)
-		if m.flows <= 0 {
+		if !m.busy() {
 			e.mappings.rest(m, e.now())
 		}
 	}
@@ -306,3 +306,7 @@ func (e *Engine) each(all []*mapping, do func(*mapping)) {
 		changes.Wait()
 	}
 }
+
+// busy says whether a mapping has a flow, as far as is known: ends of untold flows
+// may have taken flows below what user space holds. x.mu is held.
+func (m *mapping) busy() bool { return m.flows > 0 || m.extra != nil && m.extra.inUser > 0 }

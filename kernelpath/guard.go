@@ -71,12 +71,17 @@ func (t *Table) changed() (bool, error) {
 }
 
 // seen keeps what the table looks like after a change of ours.
-func (t *Table) seen() (err error) {
+func (t *Table) seen() {
+	var err error
 	if t.shape, err = t.sock.shape(); err != nil {
-		return fmt.Errorf("look at the table: %w", err)
+		t.shape = unseen
+		t.log.Warn("look at the table after a change; it is loaded again", zap.Error(err))
 	}
-	return nil
 }
+
+// unseen is the shape of a table that could not be looked at: what is there
+// passes for somebody else's change.
+const unseen = 1
 
 // generation changes with each transaction on a table of the namespace.
 func (s *socket) generation() (uint32, error) {

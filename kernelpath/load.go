@@ -55,7 +55,8 @@ func (t *Table) Load(r Ruleset) error {
 		if err != nil {
 			return fmt.Errorf("load the ruleset: %w", err)
 		}
-		return t.seen()
+		t.seen()
+		return nil
 	})
 }
 
@@ -114,7 +115,8 @@ func (t *Table) TakeOver() error {
 			return fmt.Errorf("add the chains for flows of user space: %w", err)
 		}
 		t.demanded = true
-		return t.seen()
+		t.seen()
+		return nil
 	})
 }
 

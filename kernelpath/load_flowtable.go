@@ -54,7 +54,8 @@ func (t *Table) Unoffload(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("empty the flowtable: %w", err)
 		}
-		return t.seen()
+		t.seen()
+		return nil
 	})
 }
 

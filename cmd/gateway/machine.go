@@ -102,9 +102,15 @@ func (g *gateway) mend() error {
 	g.change.Lock()
 	defer g.change.Unlock()
 	g.log.Warn("somebody else has changed the gateway's table (nft flush ruleset?): it is put back")
-	if err := g.apply(g.cfg, g.policy); err != nil {
+	// Nothing is checked: what was in force is so again, whatever else has changed.
+	r, err := buildRuleset(g.cfg, g.policy, g.facts)
+	if err == nil {
+		err = g.Load(r)
+	}
+	if err != nil {
 		return fmt.Errorf("put the gateway's table back: %w", err)
 	}
+	g.eventsLost() // elements that conntrack's reports had added are gone
 	g.log.Info("the gateway's table is there again")
 	g.warnForeign()
 	return nil
