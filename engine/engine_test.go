@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -274,6 +275,7 @@ func TestPathFollowsWhatFiltersDo(t *testing.T) {
 		{"denied", func(e *filterapi.ConnectEvent) error { return e.Connection.Deny() }, flow.Reject, flow.Denied},
 		{"failed", func(*filterapi.ConnectEvent) error { return errors.New("broken") }, flow.Reject, flow.Failed},
 		{"panicked", func(*filterapi.ConnectEvent) error { panic("broken") }, flow.Reject, flow.Failed},
+		{"ended its goroutine", func(*filterapi.ConnectEvent) error { runtime.Goexit(); return nil }, flow.Reject, flow.Failed},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			p := &probe{events: filterapi.Events{Types: filterapi.ConnectTCP}}
