@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicegw/sluice/nat"
 )
@@ -227,6 +228,18 @@ func (t *Table) apply(group []*change) {
 		for _, c := range group {
 			c.answer(c.refused)
 		}
+	case errors.Is(err, unix.ENOENT) && t.gone():
+		// Trying each alone would keep Guard waiting: the kernel takes its time
+		// to refuse a transaction. What Load puts back is what is held.
+		undo()
+		for _, c := range group {
+			t.holders.drop(c.permission.ID)
+			if c.remove {
+				c.answer(nil)
+			} else {
+				c.answer(err)
+			}
+		}
 	case len(group) > 1:
 		undo()
 		t.apply(group[:len(group)/2])
@@ -263,6 +276,13 @@ func (t *Table) alone(c *change) error {
 		}
 	}
 	return err
+}
+
+// gone says whether there is no table: somebody else has deleted it.
+func (t *Table) gone() bool {
+	there := false
+	err := t.sock.eachObject(unix.NFT_MSG_GETTABLE, unix.NFTA_TABLE_NAME, func(map[uint16][]byte) { there = true })
+	return err == nil && !there
 }
 
 // clear deletes slots one by one, each if it is there.

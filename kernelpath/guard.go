@@ -79,6 +79,19 @@ func (t *Table) seen() {
 	}
 }
 
+// ours makes a change of ours that is not a whole Load. What somebody else has
+// changed before, and Guard has not seen yet, stays to be seen.
+func (t *Table) ours(change func() error) error {
+	foreign, err := t.changed()
+	if err != nil {
+		return err
+	}
+	if err = change(); err == nil && !foreign && t.shape != 0 {
+		t.seen()
+	}
+	return err
+}
+
 // unseen is the shape of a table that could not be looked at: what is there
 // passes for somebody else's change.
 const unseen = 1
@@ -116,7 +129,15 @@ func (s *socket) shape() (uint64, error) {
 		{msgGetFlowtable, attrFlowTable, attrFlowHandle},
 	} {
 		_ = binary.Write(&h, binary.NativeEndian, kind.get) // a Hash takes everything
-		err := s.eachObject(kind.get, kind.table, func(a map[uint16][]byte) { _, _ = h.Write(a[kind.handle]) })
+		err := s.eachObject(kind.get, kind.table, func(a map[uint16][]byte) {
+			_, _ = h.Write(a[kind.handle])
+			switch kind.get {
+			case unix.NFT_MSG_GETTABLE:
+				_, _ = h.Write(a[unix.NFTA_TABLE_FLAGS]) // a dormant one does nothing
+			case unix.NFT_MSG_GETCHAIN:
+				_, _ = h.Write(a[unix.NFTA_CHAIN_POLICY])
+			}
+		})
 		if err != nil {
 			return 0, err
 		}

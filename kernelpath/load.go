@@ -111,11 +111,10 @@ func (t *Table) TakeOver() error {
 				tx.addRule(c.name, rule)
 			}
 		}
-		if err := t.commit(tx); err != nil {
+		if err := t.ours(func() error { return t.commit(tx) }); err != nil {
 			return fmt.Errorf("add the chains for flows of user space: %w", err)
 		}
 		t.demanded = true
-		t.seen()
 		return nil
 	})
 }

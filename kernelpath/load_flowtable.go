@@ -46,15 +46,16 @@ func (t *Table) Unoffload(ctx context.Context) error {
 		if !there {
 			return nil
 		}
-		err = t.offloading(s, f.devices, func(devices []string) error {
-			tx := &transaction{}
-			tx.renewFlowtable(devices)
-			return s.commit(tx)
+		err = t.ours(func() error {
+			return t.offloading(s, f.devices, func(devices []string) error {
+				tx := &transaction{}
+				tx.renewFlowtable(devices)
+				return s.commit(tx)
+			})
 		})
 		if err != nil {
 			return fmt.Errorf("empty the flowtable: %w", err)
 		}
-		t.seen()
 		return nil
 	})
 }

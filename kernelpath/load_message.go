@@ -101,7 +101,7 @@ func (t *transaction) addTable()    { t.addTableNamed(tableName) }
 func (t *transaction) deleteTable() { t.deleteTableNamed(tableName) }
 
 func (t *transaction) addTableNamed(name string) {
-	t.put("table "+name, unix.NFT_MSG_NEWTABLE, create, attr(unix.NFTA_TABLE_NAME, text(name)))
+	t.put("table "+name, unix.NFT_MSG_NEWTABLE, create, attr(unix.NFTA_TABLE_NAME, text(name)), attr(unix.NFTA_TABLE_FLAGS, be32(0)))
 }
 
 func (t *transaction) deleteTableNamed(name string) {

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"syscall"
 
 	"github.com/google/nftables"
@@ -212,13 +213,17 @@ func hint(b []byte) string {
 	return ""
 }
 
+// listTries bounds how often a list is read again that changed while it was
+// read: what changes all the time is listed as it comes.
+const listTries = 4
+
 // list dumps objects of the table. attrs go with the request.
 func (s *socket) list(typ uint16, attrs ...netlink.Attribute) ([]netlink.Message, error) {
 	data, err := netlink.MarshalAttributes(attrs)
 	if err != nil {
 		return nil, err
 	}
-	for {
+	for tries := 1; ; tries++ {
 		msgs, err := s.conn.Execute(netlink.Message{
 			Header: netlink.Header{
 				Type:  netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | typ),
@@ -226,8 +231,8 @@ func (s *socket) list(typ uint16, attrs ...netlink.Attribute) ([]netlink.Message
 			},
 			Data: append([]byte{byte(nftables.TableFamilyINet), unix.NFNETLINK_V0, 0, 0}, data...),
 		})
-		// A list that changed while it was read is read again.
-		if errors.Is(err, unix.EINTR) {
+		torn := slices.ContainsFunc(msgs, func(m netlink.Message) bool { return m.Header.Flags&netlink.DumpInterrupted != 0 })
+		if torn && tries < listTries {
 			continue
 		}
 		return msgs, err

@@ -113,7 +113,8 @@ func addPrefix(all map[class]struct{}, dst *net.IPNet) {
 	}
 	ip, bits := dst.IP.To4(), 0
 	if bits, _ = dst.Mask.Size(); ip != nil {
-		all[class{binary.BigEndian.Uint32(ip), bits}] = struct{}{}
+		// A rule keeps the bits behind its prefix ("to 10.1.2.3/8"), and ignores them.
+		all[class{binary.BigEndian.Uint32(ip.Mask(dst.Mask)), bits}] = struct{}{}
 	}
 }
 

@@ -12,7 +12,8 @@ func TestRouteClasses(t *testing.T) {
 	s, cached := newTestRoutes(t)
 	s.sh(`ip route add 198.51.110.0/24 dev a0; ip route add 198.51.110.128/25 via 203.0.113.7; ip route add 198.51.110.200 via 10.0.0.9
 		ip route add unreachable 198.51.111.0/24
-		ip rule add to 198.51.112.0/28 lookup 77; ip route add 198.51.112.8/30 dev a0 table 77; ip route add throw 198.51.112.4/30 table 77`)
+		ip rule add to 198.51.112.0/28 lookup 77; ip route add 198.51.112.8/30 dev a0 table 77; ip route add throw 198.51.112.4/30 table 77
+		ip rule add to 198.51.113.77/25 lookup 78; ip route add default dev a0 table 78`)
 	plain := made(s, NewRoutes)
 	defer plain.Close()
 	await(t, cached.Run)

@@ -1,10 +1,15 @@
 package userpath
 
 import (
+	"fmt"
+	"runtime/debug"
 	"sync"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/sluicegw/sluice/filterapi"
+	"github.com/sluicegw/sluice/flow"
 )
 
 // udpTurn is how long a datagram may wait for those that follow it, if its
@@ -27,7 +32,8 @@ type udpNetwork struct {
 
 	mu      sync.Mutex // the calls under it do not wait
 	waiting []*filterapi.Buffer
-	armed   bool // timer is set
+	spare   []*filterapi.Buffer // room for the next ones
+	armed   bool                // timer is set
 	timer   *time.Timer
 }
 
@@ -37,13 +43,15 @@ func (n *udpNetwork) feedBy(l *udpLink) { n.feed, l.end = l, n }
 func (n *udpNetwork) push(b *filterapi.Buffer) {
 	n.f.last.Store(n.u.now()) // a filter may have begun it
 	n.mu.Lock()
-	defer n.mu.Unlock()
 	n.waiting = append(n.waiting, b)
+	var sent []*filterapi.Buffer
 	if n.feed.more.Load() && len(n.waiting) < udpBatchLen {
 		n.arm()
-		return
+	} else {
+		sent = n.leave()
 	}
-	n.leave()
+	n.mu.Unlock()
+	n.giveBack(sent)
 }
 
 // arm has the timer send what waits. The caller holds mu.
@@ -52,29 +60,43 @@ func (n *udpNetwork) arm() {
 	case n.armed:
 		return
 	case n.timer == nil:
-		n.timer = time.AfterFunc(udpTurn, func() {
-			n.mu.Lock()
-			defer n.mu.Unlock()
-			n.armed = false
-			n.leave()
-		})
+		n.timer = time.AfterFunc(udpTurn, n.turn)
 	default:
 		n.timer.Reset(udpTurn)
 	}
 	n.armed = true
 }
 
+// turn sends what has waited long enough. It runs on the timer's goroutine,
+// where nobody else catches what a filter's function throws.
+func (n *udpNetwork) turn() {
+	defer func() {
+		if r := recover(); r != nil {
+			n.u.log.Error("panic where a data filter's buffer is released", zap.Stringer("flow", n.f.tuple), zap.Any("panic", r),
+				zap.ByteString("stack", debug.Stack()))
+			n.u.end(n.f, flow.Failed, fmt.Sprintf("panic: %v", r))
+		}
+	}()
+	n.mu.Lock()
+	n.armed = false
+	sent := n.leave()
+	n.mu.Unlock()
+	n.giveBack(sent)
+}
+
 // flush sends what waits.
 func (n *udpNetwork) flush() {
 	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.leave()
+	sent := n.leave()
+	n.mu.Unlock()
+	n.giveBack(sent)
 }
 
-// leave sends what waits, unless the flow was killed. The caller holds mu.
-func (n *udpNetwork) leave() {
+// leave sends what waits, unless the flow was killed, and hands it over for
+// giveBack. The caller holds mu.
+func (n *udpNetwork) leave() (sent []*filterapi.Buffer) {
 	if len(n.waiting) == 0 {
-		return
+		return nil
 	}
 	if !n.f.killed() {
 		out := n.u.outs.Get().(*udpOut)
@@ -84,11 +106,23 @@ func (n *udpNetwork) leave() {
 		out.flush()
 		n.u.outs.Put(out)
 	}
-	for i, b := range n.waiting {
-		n.waiting[i] = nil
+	sent, n.waiting, n.spare = n.waiting, n.spare, nil
+	return sent
+}
+
+// giveBack releases what was sent. The caller does not hold mu: a buffer may be a
+// filter's own, whose function may send.
+func (n *udpNetwork) giveBack(sent []*filterapi.Buffer) {
+	if len(sent) == 0 {
+		return
+	}
+	for i, b := range sent {
+		sent[i] = nil
 		b.Release()
 	}
-	n.waiting = n.waiting[:0]
+	n.mu.Lock()
+	n.spare = sent[:0]
+	n.mu.Unlock()
 }
 
 // shut does nothing: UDP has no way to say it.

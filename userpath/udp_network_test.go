@@ -120,3 +120,75 @@ func TestUDPSentLeavesWithoutTheNext(t *testing.T) {
 		}
 	})
 }
+
+// trailing sends two datagrams for each: the second one when the first one's
+// buffer is released.
+type trailing struct{}
+
+func (trailing) Pump(_ context.Context, _ filterapi.Connection, in, out filterapi.Socket) error {
+	for {
+		b, err := in.Recv()
+		if err != nil {
+			return err
+		}
+		line := bytes.Clone(b.Data)
+		err = out.Send(filterapi.NewBuffer(line, func(*filterapi.Buffer) {
+			_ = out.Send(filterapi.NewBuffer([]byte("trailer"), nil))
+		}))
+		b.Release()
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// A filter may send while its buffer is released.
+func TestUDPReleaseMaySend(t *testing.T) {
+	udpInLab(t, func(l *udpLab) {
+		l.start(UDPConfig{})
+		client, server := "10.0.0.2:4001", "203.0.113.10:4001"
+		l.take(client, server, "203.0.113.1:0", udpLinkOf(trailing{}))
+		c, s := l.client.dial(client, server), l.server.listen(server)
+		fmt.Fprint(c, "one")
+		for _, want := range []string{"one", "trailer"} {
+			got := make([]byte, 100)
+			if err := s.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+				l.Fatal(err)
+			}
+			if n, err := s.Read(got); err != nil || string(got[:n]) != want {
+				l.Fatalf("%q, %v; want %q", got[:n], err, want)
+			}
+		}
+	})
+}
+
+// throwing panics when its buffer is released, which it sends while another
+// datagram waits for it.
+type throwing struct{ two chan struct{} }
+
+func (f throwing) Pump(ctx context.Context, _ filterapi.Connection, in, out filterapi.Socket) error {
+	<-f.two
+	if _, err := in.Recv(); err != nil {
+		return err
+	}
+	if err := out.Send(filterapi.NewBuffer([]byte("x"), func(*filterapi.Buffer) { panic("broken") })); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	return nil
+}
+
+// A filter whose buffer's release panics ends its flow and nothing else.
+func TestUDPReleasePanics(t *testing.T) {
+	udpInLab(t, func(l *udpLab) {
+		l.start(UDPConfig{})
+		client, server := "10.0.0.2:4001", "203.0.113.10:4001"
+		filter := throwing{make(chan struct{})}
+		f := l.take(client, server, "203.0.113.1:0", udpLinkOf(filter))
+		c := l.client.dial(client, server)
+		fmt.Fprint(c, "one")
+		fmt.Fprint(c, "two")
+		close(filter.two)
+		<-f.ended
+	})
+}

@@ -26,7 +26,8 @@ func TestB56RulesetPutBack(t *testing.T) {
 		whole := s.rules()
 		for i, do := range []string{
 			"flush ruleset", "delete table inet sluice", "flush table inet sluice", "flush chain inet sluice forward",
-			"insert rule inet sluice forward accept", "add chain inet sluice mine", "delete counter inet sluice exhausted",
+			"insert rule inet sluice forward accept", "add chain inet sluice mine",
+			"add chain inet sluice forward { policy accept; }", "add table inet sluice { flags dormant; }", "delete counter inet sluice exhausted",
 		} {
 			if do == "delete counter inet sluice exhausted" {
 				do = "flush chain inet sluice exhausted; " + do
