@@ -237,7 +237,7 @@ func (t *Table) apply(group []*change) {
 			if c.remove {
 				c.answer(nil)
 			} else {
-				c.answer(err)
+				c.answer(fmt.Errorf("table %s is gone: %w", tableName, unix.ENOENT))
 			}
 		}
 	case len(group) > 1:
