@@ -15,10 +15,11 @@ import (
 )
 
 // Guard looks after the table until ctx ends. When somebody else has taken out
-// of it (nft flush ruleset) or put into it a chain, a rule, a set or a counter,
-// it calls mend within a second, which is to Load again: that puts back what
-// this Table has installed, too. Where mend fails it is called again a second
-// later. Elements that somebody else takes out of a set are not noticed.
+// of it (nft flush ruleset) or put into it a chain, a rule, a set or a counter, or
+// has changed a policy or the table's flags, it calls mend within a second, which
+// is to Load again: that puts back what this Table has installed, too. Where mend
+// fails it is called again a second later. Elements that somebody else takes out
+// of a set are not noticed.
 //
 // It looks and does not listen: with a listener on NFNLGRP_NFTABLES the kernel
 // would write a message about each element that the gateway itself adds.
